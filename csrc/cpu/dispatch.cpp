@@ -1,0 +1,180 @@
+// The C ABI: picks the SIMD level, spreads the chunks of all tensors over the threads.
+#include <cstring>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "kernels.h"
+
+namespace ivon {
+namespace {
+
+bool cpu_has(const char* level) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_cpu_init();
+  if (std::strcmp(level, "avx512") == 0) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  }
+  if (std::strcmp(level, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+#endif
+  return std::strcmp(level, "baseline") == 0 || std::strcmp(level, "neon") == 0;
+}
+
+// Widest first.
+const Kernels* const kLevels[] = {
+#if defined(IVON_HAVE_AVX512)
+    &avx512::kKernels,
+#endif
+#if defined(IVON_HAVE_AVX2)
+    &avx2::kKernels,
+#endif
+#if defined(IVON_HAVE_BASELINE)
+    &baseline::kKernels,
+#endif
+#if defined(IVON_HAVE_NEON)
+    &neon::kKernels,
+#endif
+};
+
+const Kernels* widest() {
+  for (const Kernels* kernels : kLevels) {
+    if (cpu_has(kernels->name)) return kernels;
+  }
+  return kLevels[sizeof kLevels / sizeof kLevels[0] - 1];
+}
+
+const Kernels*& current() {
+  static const Kernels* kernels = widest();
+  return kernels;
+}
+
+// Calls use(row, begin, n) for every chunk of every tensor, each thread taking one contiguous share of the whole list.
+template <class Use>
+void for_each_chunk(const IvonTensor* tensors, int64_t count, int64_t threads, Use use) {
+  std::vector<int64_t> first(static_cast<size_t>(count) + 1, 0);  // number of the first chunk of each tensor
+  for (int64_t i = 0; i < count; ++i) first[i + 1] = first[i] + (tensors[i].numel + kChunk - 1) / kChunk;
+  const int64_t total = first[count];
+  if (total == 0) return;
+  threads = threads < 1 ? 1 : threads > total ? total : threads;
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(static_cast<int>(threads)) if (threads > 1)
+#endif
+  {
+#if defined(_OPENMP)
+    const int64_t rank = omp_get_thread_num(), ranks = omp_get_num_threads();
+#else
+    const int64_t rank = 0, ranks = 1;
+#endif
+    int64_t chunk = total * rank / ranks;
+    const int64_t end = total * (rank + 1) / ranks;
+    int64_t row = 0, high = count;
+    while (high - row > 1) {  // the last tensor whose first chunk is at or before `chunk`
+      const int64_t middle = (row + high) / 2;
+      if (first[middle] <= chunk) {
+        row = middle;
+      } else {
+        high = middle;
+      }
+    }
+    for (; chunk < end; ++chunk) {
+      while (chunk >= first[row + 1]) ++row;
+      const int64_t begin = (chunk - first[row]) * kChunk;
+      const int64_t left = tensors[row].numel - begin;
+      use(row, begin, left < kChunk ? left : kChunk);
+    }
+  }
+}
+
+// Says what the kept noise is from now on; no thread may still be reading the tags.
+void tag_noise(const IvonCall* call, int64_t steps_ahead, int64_t sample) {
+  for (int64_t row = 0; row < call->count; ++row) {
+    const IvonTensor& t = call->tensors[row];
+    if (keeps_noise(t, *call)) *t.noise_tag = noise_tag(*call, t.step + steps_ahead, sample);
+  }
+}
+
+template <class Use>
+void for_each_chunk(const IvonCall* call, Use use) {
+  for_each_chunk(call->tensors, call->count, call->threads, use);
+}
+
+}  // namespace
+}  // namespace ivon
+
+using ivon::current;
+using ivon::for_each_chunk;
+
+extern "C" {
+
+int ivon_cpu_abi(void) { return IVON_CPU_ABI; }
+
+const char* ivon_cpu_simd(void) { return current()->name; }
+
+int ivon_cpu_set_simd(const char* level) {
+  for (const ivon::Kernels* kernels : ivon::kLevels) {
+    if (std::strcmp(kernels->name, level) == 0 && ivon::cpu_has(level)) {
+      current() = kernels;
+      return 0;
+    }
+  }
+  return -1;
+}
+
+int ivon_cpu_has_openmp(void) {
+#if defined(_OPENMP)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+void ivon_cpu_normals(float* out, int64_t numel, uint64_t seed, int64_t step, int64_t sample, int64_t replica,
+                      int64_t param, int64_t start, int64_t threads) {
+  IvonTensor whole{};
+  whole.numel = numel;
+  IvonCall call{};
+  call.seed = seed, call.step_override = -1, call.sample = sample, call.replica = replica;
+  for_each_chunk(&whole, 1, threads, [&](int64_t, int64_t begin, int64_t n) {
+    current()->normals(out + begin, n, call, step, param, start + begin);
+  });
+}
+
+void ivon_cpu_sample(const IvonCall* call) {
+  for_each_chunk(
+      call, [call](int64_t row, int64_t begin, int64_t n) { current()->sample(call->tensors[row], *call, begin, n); });
+  ivon::tag_noise(call, 0, call->sample);
+}
+
+void ivon_cpu_restore(const IvonCall* call) {
+  for_each_chunk(call,
+                 [call](int64_t row, int64_t begin, int64_t n) { current()->restore(call->tensors[row], begin, n); });
+}
+
+void ivon_cpu_accumulate(const IvonCall* call) {
+  for_each_chunk(call, [call](int64_t row, int64_t begin, int64_t n) {
+    current()->accumulate(call->tensors[row], *call, begin, n);
+  });
+}
+
+int64_t ivon_cpu_find_nonfinite(const IvonCall* call) {
+  int64_t found = INT64_MAX;
+  for_each_chunk(call, [call, &found](int64_t row, int64_t begin, int64_t n) {
+    if (!current()->nonfinite(call->tensors[row], begin, n)) return;
+#if defined(_OPENMP)
+#pragma omp critical(ivon_cpu_found)
+#endif
+    if (row < found) found = row;
+  });
+  return found == INT64_MAX ? -1 : found;
+}
+
+void ivon_cpu_step(const IvonCall* call) {
+  for_each_chunk(
+      call, [call](int64_t row, int64_t begin, int64_t n) { current()->step(call->tensors[row], *call, begin, n); });
+  if (call->draw_next) ivon::tag_noise(call, 1, 0);
+}
+
+}  // extern "C"

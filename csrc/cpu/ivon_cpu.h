@@ -1,0 +1,88 @@
+// C ABI of the CPU backend (loaded by ivon_kernels/backends/cpu.py through ctypes; no torch, no Python).
+//
+// One call walks a list of tensors. All fields of the tensor table are 64 bits wide so that Python fills it by columns.
+#pragma once
+
+#include <cstdint>
+
+#define IVON_CPU_ABI 1
+#define IVON_CPU_MAX_DIMS 25
+
+#if defined(__GNUC__)
+#define IVON_EXPORT __attribute__((visibility("default")))
+#else
+#define IVON_EXPORT
+#endif
+
+extern "C" {
+
+enum IvonDtype { IVON_FLOAT32 = 0, IVON_BFLOAT16 = 1, IVON_FLOAT16 = 2 };
+
+// Strides of one tensor pair, in elements, when parameter or gradient is not contiguous in row-major order.
+struct IvonLayout {
+  int64_t dims;
+  int64_t sizes[IVON_CPU_MAX_DIMS];
+  int64_t param_strides[IVON_CPU_MAX_DIMS];
+  int64_t grad_strides[IVON_CPU_MAX_DIMS];
+};
+
+// Which sample a tensor's kept noise is.
+struct IvonNoiseTag {
+  int64_t seed, step, sample, replica;
+};
+
+// State tensors are float32, contiguous, in the row-major order of the parameter's elements.
+struct IvonTensor {
+  void* param;
+  const void* grad;
+  float* mean;
+  float* momentum;
+  float* hess;
+  float* grad_sum;    // sums over finished MC samples, or null
+  float* second_sum;  // likewise: g * eps (price) or g * g (gradsq)
+  float* noise;       // the last training sample's normals, kept so that the step need not draw them again, or null
+  IvonNoiseTag* noise_tag;   // what `noise` holds; anything else is drawn again
+  const IvonLayout* layout;  // null: both contiguous
+  int64_t numel;
+  int64_t index;    // parameter index of the noise
+  int64_t step;     // finished updates: the noise's step
+  int64_t scalars;  // row of the scalars table
+  int64_t param_dtype;
+  int64_t grad_dtype;
+};
+
+struct IvonCall {
+  const IvonTensor* tensors;
+  int64_t count;
+  const float* scalars;  // rows of StepScalars (ivon_math.h)
+  uint64_t seed;
+  int64_t step_override;  // >= 0: draw with this step in place of each tensor's own
+  int64_t sample;
+  int64_t replica;
+  int64_t adopt;      // the weights hold the mean: take over what was edited from outside
+  int64_t draw_next;  // ivon_cpu_step: leave sample 0 of the next step in the weights instead of the mean
+  int64_t threads;
+};
+
+IVON_EXPORT int ivon_cpu_abi(void);
+// The level in use: "avx512", "avx2", "baseline" or "neon".
+IVON_EXPORT const char* ivon_cpu_simd(void);
+// Use another level; 0 on success, -1 when it was not built or the processor lacks it.
+IVON_EXPORT int ivon_cpu_set_simd(const char* level);
+IVON_EXPORT int ivon_cpu_has_openmp(void);
+
+IVON_EXPORT void ivon_cpu_normals(float* out, int64_t numel, uint64_t seed, int64_t step, int64_t sample,
+                                  int64_t replica, int64_t param, int64_t start, int64_t threads);
+
+// Weights <- mean + sigma eps.
+IVON_EXPORT void ivon_cpu_sample(const IvonCall* call);
+// Weights <- mean.
+IVON_EXPORT void ivon_cpu_restore(const IvonCall* call);
+// Adds the finished sample's gradient to grad_sum and second_sum.
+IVON_EXPORT void ivon_cpu_accumulate(const IvonCall* call);
+// Smallest row whose gradient holds inf or nan, or -1.
+IVON_EXPORT int64_t ivon_cpu_find_nonfinite(const IvonCall* call);
+// The update; weights <- new mean, or the next sample with draw_next.
+IVON_EXPORT void ivon_cpu_step(const IvonCall* call);
+
+}  // extern "C"
