@@ -1,0 +1,13 @@
+"""Fused kernels for IVON: Bayesian finetuning at the cost of Adam.
+
+``from ivon_kernels import IVON`` gives a `torch.optim` optimizer that trains a Gaussian posterior over the weights.
+"""
+
+from ivon_kernels import noise
+from ivon_kernels.backends import available_backends
+from ivon_kernels.gradients import NonFiniteGradientError
+from ivon_kernels.optimizer import IVON
+
+__all__ = ["IVON", "NonFiniteGradientError", "__version__", "available_backends", "noise"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,37 @@
+"""`python -m ivon_kernels`: which backends work on this machine, which do not and why, and the versions in play."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import ivon_kernels
+from ivon_kernels import available_backends
+from ivon_kernels._native import build_info
+from ivon_kernels.backends import cpu
+
+
+def _describe_cpu() -> str:
+    """Returns the SIMD level in use, the threads and the build of the cpu backend, which must be available."""
+    info = build_info()
+    threads = f"{torch.get_num_threads()} threads" if info["openmp"] else "1 thread (built without OpenMP)"
+    return f"SIMD {cpu.simd_level()} (built: {', '.join(info['simd_levels'])}); {threads}; {info['compiler']}"
+
+
+def main() -> None:
+    """Prints the table."""
+    details = {"reference": "plain PyTorch, on any device", "cpu": ""}
+    print(
+        f"ivon_kernels {ivon_kernels.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.platform()}\n"
+    )
+    print(f"{'backend':<11}{'available':<11}")
+    for name, reason in available_backends().items():
+        if reason is None and name == "cpu":
+            details[name] = _describe_cpu()
+        print(f"{name:<11}{'no' if reason else 'yes':<11}{reason or details[name]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Optimizer state: one record per parameter, float32 (float64) state as views of flat arenas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ivon_kernels.backends.base import Backend, StepScalars
+
+STATE_KEYS = ("mean", "momentum", "hess")
+_ALIGNMENT = 16  # elements: every view starts on a 64-byte boundary of its arena
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter's state: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Arena:
+    """Flat state of several parameters of one device and state dtype.
+
+    Attributes:
+        mean, momentum, hess: ``[total]``, float32 or float64.
+        steps: int64 ``[parameters]`` on the CPU: finished updates of each parameter.
+        noise: float32 ``[total]`` or None: the normals of the last training sample, for backends that keep them.
+        noise_tags: int64 ``[parameters, 4]``: which sample that is (seed, step, sample, replica), written by the backend.
+        grad_sum, second_sum: ``[total]`` or None; sums over finished MC samples, made when a second sample is drawn.
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device, dtype: torch.dtype, keep_noise: bool) -> None:
+        self.offsets: list[int] = []
+        total = 0
+        for size in sizes:
+            self.offsets.append(total)
+            total += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.mean = torch.zeros(total, device=device, dtype=dtype)
+        self.momentum = torch.zeros_like(self.mean)
+        self.hess = torch.zeros_like(self.mean)
+        self.steps = torch.zeros(len(sizes), dtype=torch.int64)
+        self.noise = torch.empty(total, device=device) if keep_noise else None
+        self.noise_tags = torch.full((len(sizes), 4), -1, dtype=torch.int64)
+        self.grad_sum: Tensor | None = None
+        self.second_sum: Tensor | None = None
+
+    def clear_sums(self) -> tuple[Tensor, Tensor]:
+        """Zeroed sums, allocated on first use."""
+        if self.grad_sum is None or self.second_sum is None:
+            self.grad_sum = torch.zeros_like(self.mean)
+            self.second_sum = torch.zeros_like(self.mean)
+        else:
+            self.grad_sum.zero_()
+            self.second_sum.zero_()
+        return self.grad_sum, self.second_sum
+
+
+@dataclass(eq=False)
+class Slot:
+    """One parameter as the backends see it. State tensors have the parameter's shape and are contiguous."""
+
+    param: Tensor
+    name: str
+    index: int  # position among all parameters of the optimizer: the noise's parameter index
+    group: int
+    backend: Backend
+    arena: Arena
+    position: int  # in the arena
+    mean: Tensor = field(init=False)
+    momentum: Tensor = field(init=False)
+    hess: Tensor = field(init=False)
+    step: int = 0  # finished updates; mirrored in arena.steps
+    grad: Tensor | None = None  # set for the duration of an accumulate or step
+    scalars: StepScalars | None = None  # likewise
+    summed: bool = False  # grad_sum and second_sum hold earlier MC samples of this step
+
+    def __post_init__(self) -> None:
+        self.mean, self.momentum, self.hess = (self.view(getattr(self.arena, key)) for key in STATE_KEYS)
+        self.remember_storage()
+
+    def view(self, flat: Tensor) -> Tensor:
+        """This parameter's part of an arena tensor, in its shape."""
+        offset = self.arena.offsets[self.position]
+        return flat[offset : offset + self.param.numel()].view(self.param.shape)
+
+    def remember_storage(self) -> None:
+        param = self.param
+        self.storage = (param.data_ptr(), param.stride(), param.dtype)
+
+    def moved(self) -> bool:
+        """Whether the parameter's memory is no longer where it was."""
+        param = self.param
+        return (param.data_ptr(), param.stride(), param.dtype) != self.storage
+
+    @property
+    def noise(self) -> Tensor | None:
+        """Kept normals of the last training sample, in the parameter's shape, or None."""
+        return None if self.arena.noise is None else self.view(self.arena.noise)
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor] | None:
+        """Gradient sum and Hessian-statistic sum over the finished MC samples, in the parameter's shape, or None."""
+        arena = self.arena
+        if not self.summed or arena.grad_sum is None or arena.second_sum is None:
+            return None
+        return self.view(arena.grad_sum), self.view(arena.second_sum)
+
+    def state(self) -> dict[str, Any]:
+        """What ``optimizer.state[param]`` holds."""
+        return {"step": self.arena.steps[self.position], **{key: getattr(self, key) for key in STATE_KEYS}}
+
+    def adopt_edits(self) -> None:
+        """Take weights that were edited from outside (while they held the mean) over as the new mean."""
+        weights = self.param.detach()
+        edited = self.mean.to(weights.dtype) != weights
+        if bool(edited.any()):
+            torch.where(edited, weights.to(self.mean.dtype), self.mean, out=self.mean)
+
+
+class SlotList:
+    """The slots of one launch; a backend keeps what it derives from them in `cache`."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.slots = slots
+        self.cache: Any = None
+
+
+def by_backend(slots: list[Slot]) -> list[tuple[Backend, SlotList]]:
+    """Split slots into one list per backend, order kept."""
+    lists: dict[Backend, list[Slot]] = {}
+    for slot in slots:
+        lists.setdefault(slot.backend, []).append(slot)
+    return [(backend, SlotList(part)) for backend, part in lists.items()]

@@ -1,0 +1,47 @@
+"""The backends and the choice among them. A backend asked for by name never falls back to another."""
+
+from __future__ import annotations
+
+import torch
+
+from ivon_kernels.backends.base import Backend, Draw, StepScalars
+from ivon_kernels.backends.cpu import CpuBackend
+from ivon_kernels.backends.reference import ReferenceBackend
+
+__all__ = ["Backend", "Draw", "StepScalars", "available_backends", "choose"]
+
+# Fastest first; `reference` takes whatever the others do not.
+_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend with None if it can be used in this process, or the reason why not."""
+    return {name: backend.unavailable() for name, backend in _BACKENDS.items()}
+
+
+def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for parameters of one device and dtype.
+
+    Args:
+        name: A backend's name, or None for the fastest that takes them.
+        device: The parameters' device.
+        dtype: The parameters' dtype.
+
+    Raises:
+        ValueError: If there is no backend `name`, or it does not take such parameters.
+        RuntimeError: If backend `name` is not available here.
+    """
+    if name is None:
+        return next(
+            backend
+            for backend in _BACKENDS.values()
+            if backend.unavailable() is None and backend.unsupported(device, dtype) is None
+        )
+    if name not in _BACKENDS:
+        raise ValueError(f"there is no backend {name!r}; choose one of {', '.join(_BACKENDS)}, or None for the fastest")
+    backend = _BACKENDS[name]
+    if reason := backend.unavailable():
+        raise RuntimeError(f"backend {name!r} is not available: {reason}")
+    if reason := backend.unsupported(device, dtype):
+        raise ValueError(f"backend {name!r} cannot be used: {reason}; backend=None picks one that can")
+    return backend

@@ -1,0 +1,253 @@
+"""The C++ backend (csrc/cpu): one call walks all tensors, OpenMP over the whole list, SIMD chosen at run time."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from array import array
+
+import torch
+
+from ivon_kernels import _native
+from ivon_kernels.arena import Slot, SlotList
+from ivon_kernels.backends.base import Backend, Draw, StepScalars
+
+_ABI = 1
+_MAX_DIMS = 25
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SIMD_VARIABLE = "IVON_KERNELS_SIMD"
+SIMD_LEVELS = ("avx512", "avx2", "baseline", "neon")
+
+# Columns of the tensor table, as in struct IvonTensor of csrc/cpu/ivon_cpu.h.
+_COLUMNS = (
+    *("param", "grad", "mean", "momentum", "hess", "grad_sum", "second_sum", "noise", "noise_tag", "layout"),
+    *("numel", "index", "step", "scalars", "param_dtype", "grad_dtype"),
+)
+_WIDTH = len(_COLUMNS)
+
+
+class _Call(ctypes.Structure):
+    """struct IvonCall of csrc/cpu/ivon_cpu.h."""
+
+    _fields_ = (
+        ("tensors", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("scalars", ctypes.c_void_p),
+        ("seed", ctypes.c_uint64),
+        ("step_override", ctypes.c_int64),
+        ("sample", ctypes.c_int64),
+        ("replica", ctypes.c_int64),
+        ("adopt", ctypes.c_int64),
+        ("draw_next", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+    )
+
+
+def _bind(path: str) -> ctypes.CDLL:
+    library = ctypes.CDLL(path)
+    if library.ivon_cpu_abi() != _ABI:
+        raise OSError(f"{path} has ABI {library.ivon_cpu_abi()}, this package needs {_ABI}: reinstall ivon_kernels")
+    library.ivon_cpu_simd.restype = ctypes.c_char_p
+    library.ivon_cpu_set_simd.argtypes = [ctypes.c_char_p]
+    i64 = ctypes.c_int64
+    library.ivon_cpu_normals.argtypes = [ctypes.c_void_p, i64, ctypes.c_uint64, i64, i64, i64, i64, i64, i64]
+    library.ivon_cpu_normals.restype = None
+    for name in ("sample", "restore", "accumulate", "step"):
+        function = getattr(library, f"ivon_cpu_{name}")
+        function.argtypes, function.restype = [ctypes.POINTER(_Call)], None
+    library.ivon_cpu_find_nonfinite.argtypes = [ctypes.POINTER(_Call)]
+    library.ivon_cpu_find_nonfinite.restype = i64
+    return library
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The native library, or why there is none."""
+    path = _native.find_library("cpu")
+    if path is None:
+        return None, _native.missing_reason("cpu")
+    try:
+        library = _bind(str(path))
+    except OSError as error:
+        return None, str(error)
+    wanted = os.environ.get(SIMD_VARIABLE)
+    if wanted and library.ivon_cpu_set_simd(wanted.encode()) != 0:
+        return None, f"{SIMD_VARIABLE}={wanted}: not one of the levels of this processor and build"
+    return library, None
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(f"the cpu backend is missing: {reason}")
+    return library
+
+
+def simd_level() -> str:
+    """The SIMD level in use: ``"avx512"``, ``"avx2"``, ``"baseline"`` or ``"neon"``."""
+    level: bytes = _library().ivon_cpu_simd()
+    return level.decode()
+
+
+def set_simd_level(level: str) -> None:
+    """Use another SIMD level from now on, in the whole process; results do not depend on it.
+
+    Raises:
+        ValueError: If it was not built or the processor lacks it.
+    """
+    if _library().ivon_cpu_set_simd(level.encode()) != 0:
+        raise ValueError(f"SIMD level {level!r} is not available here; there are {simd_levels()}")
+
+
+def simd_levels() -> list[str]:
+    """The SIMD levels that were built and that this processor has, widest first."""
+    current = simd_level()
+    library = _library()
+    levels = [level for level in SIMD_LEVELS if library.ivon_cpu_set_simd(level.encode()) == 0]
+    library.ivon_cpu_set_simd(current.encode())
+    return levels
+
+
+def normals(
+    numel: int,
+    *,
+    seed: int,
+    step: int,
+    sample: int = 0,
+    replica: int = 0,
+    param: int = 0,
+    start: int = 0,
+    threads: int | None = None,
+) -> torch.Tensor:
+    """The C++ twin of :func:`ivon_kernels.noise.normals` (same arguments, same bits), for tests and benchmarks."""
+    out = torch.empty(numel, dtype=torch.float32)
+    threads = torch.get_num_threads() if threads is None else threads
+    _library().ivon_cpu_normals(out.data_ptr(), numel, seed, step, sample, replica, param, start, threads)
+    return out
+
+
+def _layout(slot: Slot) -> array[int]:
+    """Struct IvonLayout: sizes and strides of a parameter and its gradient."""
+    param, grad = slot.param, slot.param if slot.grad is None else slot.grad
+    row = array("q", bytes(8 * (1 + 3 * _MAX_DIMS)))
+    row[0] = param.dim()
+    for part, values in enumerate((param.shape, param.stride(), grad.stride())):
+        begin = 1 + part * _MAX_DIMS
+        row[begin : begin + param.dim()] = array("q", values)
+    return row
+
+
+class _Table:
+    """The tensor table of one slot list. What cannot change between launches is written once."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self.slots = slots
+        self.rows = array("q", bytes(8 * _WIDTH * len(slots)))
+        self.contiguous = [slot.param.is_contiguous() for slot in slots]
+        self.layouts: list[array[int]] = []  # kept alive as long as the rows point to them
+        for key in ("param", "mean", "momentum", "hess"):
+            self.set(key, [getattr(slot, key).data_ptr() for slot in slots])
+        self.set("noise", [0 if slot.noise is None else slot.noise.data_ptr() for slot in slots])
+        self.set("noise_tag", [slot.arena.noise_tags[slot.position].data_ptr() for slot in slots])
+        self.set("numel", [slot.param.numel() for slot in slots])
+        self.set("index", [slot.index for slot in slots])
+        self.set("param_dtype", [_DTYPES[slot.param.dtype] for slot in slots])
+
+    def set(self, column: str, values: list[int]) -> None:
+        self.rows[_COLUMNS.index(column) :: _WIDTH] = array("q", values)
+
+    def set_grads(self) -> None:
+        grads = [slot.grad for slot in self.slots]
+        self.set("grad", [0 if grad is None else grad.data_ptr() for grad in grads])
+        self.set("grad_dtype", [0 if grad is None else _DTYPES[grad.dtype] for grad in grads])
+        sums = [slot.sums for slot in self.slots]
+        self.set("grad_sum", [0 if pair is None else pair[0].data_ptr() for pair in sums])
+        self.set("second_sum", [0 if pair is None else pair[1].data_ptr() for pair in sums])
+
+    def set_layouts(self) -> None:
+        plain = [
+            param and (slot.grad is None or slot.grad.is_contiguous())
+            for param, slot in zip(self.contiguous, self.slots, strict=True)
+        ]
+        self.layouts = []
+        pointers = [0] * len(plain)
+        if not all(plain):
+            for position, slot in enumerate(self.slots):
+                if not plain[position]:
+                    self.layouts.append(_layout(slot))
+                    pointers[position] = self.layouts[-1].buffer_info()[0]
+        self.set("layout", pointers)
+
+    def scalars(self) -> array[float]:
+        """The distinct scalars of the slots as float32 rows; the table's `scalars` column says which is whose."""
+        rows: dict[StepScalars | None, int] = {}
+        self.set("scalars", [rows.setdefault(slot.scalars, len(rows)) for slot in self.slots])
+        return array("f", [value for scalars in rows if scalars is not None for value in scalars])
+
+
+class CpuBackend(Backend):
+    """C++ with OpenMP and SIMD for CPU tensors: float32, bfloat16 and float16 parameters and gradients."""
+
+    name = "cpu"
+    keeps_noise = True  # on the CPU the normals cost more than the memory traffic
+
+    def unavailable(self) -> str | None:
+        return _load()[1]
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        if device.type != "cpu":
+            return f"it takes tensors on the CPU, not on {device}"
+        if dtype not in _DTYPES:
+            return f"it takes {', '.join(str(d) for d in _DTYPES)}, not {dtype}"
+        return None
+
+    def sample(self, slots: SlotList, draw: Draw, adopt: bool) -> None:
+        self._launch("sample", slots, draw, adopt=adopt)
+
+    def restore(self, slots: SlotList) -> None:
+        self._launch("restore", slots)
+
+    def find_nonfinite(self, slots: SlotList) -> int | None:
+        position = self._launch("find_nonfinite", slots, grads=True)
+        return None if position < 0 else position
+
+    def accumulate(self, slots: SlotList, draw: Draw) -> None:
+        self._launch("accumulate", slots, draw, grads=True)
+
+    def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool) -> None:
+        self._launch("step", slots, draw, grads=True, adopt=adopt, draw_next=draw_next)
+
+    def _launch(
+        self,
+        operation: str,
+        slots: SlotList,
+        draw: Draw | None = None,
+        *,
+        grads: bool = False,
+        adopt: bool = False,
+        draw_next: bool = False,
+    ) -> int:
+        if slots.cache is None:
+            slots.cache = _Table(slots.slots)
+        table: _Table = slots.cache
+        if grads:
+            table.set_grads()
+        table.set_layouts()
+        table.set("step", [slot.step for slot in slots.slots])
+        scalars = table.scalars() if draw is not None else array("f")
+        seed, sample, replica, step = draw or (0, 0, 0, None)
+        call = _Call(
+            tensors=table.rows.buffer_info()[0],
+            count=len(slots.slots),
+            scalars=scalars.buffer_info()[0],
+            seed=seed,
+            step_override=-1 if step is None else step,
+            sample=sample,
+            replica=replica,
+            adopt=adopt,
+            draw_next=draw_next,
+            threads=torch.get_num_threads(),
+        )
+        result: int | None = getattr(_library(), f"ivon_cpu_{operation}")(ctypes.byref(call))
+        return -1 if result is None else result

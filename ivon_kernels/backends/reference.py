@@ -1,0 +1,129 @@
+"""The defining equations of IVON in plain PyTorch: boring and complete. Every other backend is tested against it.
+
+IVON (Shen et al., ICML 2024, arXiv 2402.17641, algorithm 1) keeps a Gaussian with mean m and variance
+1 / (ess (h + weight_decay)) over the weights. The compiled backends perform the same individually rounded operations in
+the same order (csrc/ivon_math.h), so that float32 results are equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ivon_kernels import noise
+from ivon_kernels.arena import Slot, SlotList
+from ivon_kernels.backends.base import Backend, Draw, StepScalars
+
+
+def inv_sigma(hess: Tensor, k: StepScalars) -> Tensor:
+    """1 / sigma = sqrt(ess (h + d)), elementwise."""
+    return noise.sqrt((hess + k.weight_decay) * k.ess)
+
+
+def draw_weights(mean: Tensor, hess: Tensor, eps: Tensor, k: StepScalars) -> Tensor:
+    """Theta = m + sigma eps, elementwise."""
+    return mean + eps / inv_sigma(hess, k)
+
+
+def update(
+    grad: Tensor, second: Tensor, mean: Tensor, momentum: Tensor, hess: Tensor, k: StepScalars
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of IVON.
+
+    Args:
+        grad: Sum over the MC samples of the gradients at the sampled weights.
+        second: Sum over the MC samples of ``g * eps`` (price) or ``g * g`` (gradsq).
+        mean, momentum, hess: State before the step.
+        k: Scalars of the step.
+
+    Returns:
+        New mean, momentum and hess. All tensors are elementwise of one shape and dtype.
+    """
+    grad = grad * k.grad_scale
+    second = second * k.second_scale
+    precision = hess + k.weight_decay
+    hess_estimate = second * k.ess if k.gradsq else second * noise.sqrt(precision * k.ess)
+    momentum = momentum * k.beta1 + grad * k.one_minus_beta1
+    # b2 h + (1 - b2) h^ + (1 - b2)^2 (h - h^)^2 / (2 (h + d)), written around h: small changes keep their precision.
+    delta = (hess_estimate - hess) * k.one_minus_beta2
+    hess = (hess + (delta + (delta * 0.5) * (delta / precision))).clamp(min=k.hess_floor)
+    direction = (momentum * k.inv_debias + mean * k.weight_decay) / (hess + k.weight_decay)
+    mean = mean - direction.clamp(-k.clip_radius, k.clip_radius) * k.lr
+    return mean, momentum, hess
+
+
+def _eps(slot: Slot, draw: Draw) -> Tensor:
+    step = slot.step if draw.step is None else draw.step
+    z = noise.normals(
+        slot.param.numel(),
+        seed=draw.seed,
+        step=step,
+        sample=draw.sample,
+        replica=draw.replica,
+        param=slot.index,
+        device=slot.param.device,
+    )
+    return z.view(slot.param.shape).to(slot.mean.dtype)
+
+
+def _scalars(slot: Slot) -> StepScalars:
+    assert slot.scalars is not None, "the optimizer sets the scalars before every launch"
+    return slot.scalars
+
+
+def _statistics(slot: Slot, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Gradient and Hessian statistic of the sample `draw`."""
+    if slot.grad is None:
+        return torch.zeros_like(slot.mean), torch.zeros_like(slot.mean)
+    grad = slot.grad.detach().to(slot.mean.dtype)
+    return grad, grad * (grad if _scalars(slot).gradsq else _eps(slot, draw))
+
+
+class ReferenceBackend(Backend):
+    """Plain PyTorch on any device; float32 state, or float64 for float64 parameters."""
+
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None
+
+    def sample(self, slots: SlotList, draw: Draw, adopt: bool) -> None:
+        for slot in slots.slots:
+            if adopt:
+                slot.adopt_edits()
+            slot.param.detach().copy_(draw_weights(slot.mean, slot.hess, _eps(slot, draw), _scalars(slot)))
+
+    def restore(self, slots: SlotList) -> None:
+        for slot in slots.slots:
+            slot.param.detach().copy_(slot.mean)
+
+    def find_nonfinite(self, slots: SlotList) -> int | None:
+        for position, slot in enumerate(slots.slots):
+            if slot.grad is not None and not bool(torch.isfinite(slot.grad).all()):
+                return position
+        return None
+
+    def accumulate(self, slots: SlotList, draw: Draw) -> None:
+        for slot in slots.slots:
+            assert slot.sums is not None
+            for total, value in zip(slot.sums, _statistics(slot, draw), strict=True):
+                total += value
+
+    def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool) -> None:
+        for slot in slots.slots:
+            if adopt:
+                slot.adopt_edits()
+            grad, second = _statistics(slot, draw)
+            if slot.sums is not None:
+                grad, second = slot.sums[0] + grad, slot.sums[1] + second
+            new = update(grad, second, slot.mean, slot.momentum, slot.hess, _scalars(slot))
+            for state, value in zip((slot.mean, slot.momentum, slot.hess), new, strict=True):
+                state.copy_(value)
+            weights = slot.mean
+            if draw_next:
+                eps = _eps(slot, draw._replace(sample=0, step=slot.step + 1))
+                weights = draw_weights(slot.mean, slot.hess, eps, _scalars(slot))
+            slot.param.detach().copy_(weights)

@@ -1,0 +1,98 @@
+"""Gradients between backward and step: reading them, refusing bad ones, and the MC samples of an unfinished step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ivon_kernels.arena import Slot
+
+_PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient holds inf or nan; nothing was changed."""
+
+
+def check_parameter(param: Tensor, name: str) -> None:
+    """Refuse parameters that IVON cannot train.
+
+    Raises:
+        TypeError: For a dtype other than float32, bfloat16, float16 and float64.
+        ValueError: For a sparse, meta, distributed (DTensor) or overlapping tensor.
+    """
+    if param.layout is not torch.strided:
+        raise ValueError(f"{name} has layout {param.layout}; IVON trains dense parameters only")
+    if param.dtype not in _PARAM_DTYPES:
+        dtypes = ", ".join(str(dtype) for dtype in _PARAM_DTYPES)
+        raise TypeError(
+            f"{name} has dtype {param.dtype}; IVON trains {dtypes}: split complex parameters into real parts"
+        )
+    if param.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device; materialize the model before building the optimizer")
+    if hasattr(param, "to_local"):
+        raise ValueError(f"{name} is a DTensor; sharded parameters are not supported yet")
+    if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
+        raise ValueError(f"{name} has elements that share memory (an expanded tensor); give IVON a clone of it")
+
+
+def check_gradient(slot: Slot, grad: Tensor) -> Tensor:
+    """The gradient in a form that the backends take.
+
+    Raises:
+        ValueError: If it is sparse.
+    """
+    if grad.layout is not torch.strided:
+        raise ValueError(
+            f"the gradient of {slot.name} has layout {grad.layout}; IVON takes dense gradients only "
+            "(for embeddings: sparse=False)"
+        )
+    if grad.dtype is torch.float64 and slot.mean.dtype is not torch.float64:
+        grad = grad.float()
+    return grad
+
+
+@dataclass
+class Samples:
+    """The MC samples of the step that is under way.
+
+    A sample's gradient is read as late as possible (at the next sample or at the step), so that clipping and unscaling
+    take effect; `closed` keeps the gradient tensors of a block that ended, in case `zero_grad` drops them from the
+    parameters before that.
+    """
+
+    count: int = 0  # samples drawn
+    folded: int = 0  # samples whose gradients are in the sums
+    nonfinite: str | None = None  # parameter whose gradient was not finite in a folded sample
+    closed: dict[Slot, tuple[Tensor, int]] = field(default_factory=dict)
+
+    def close(self, slots: Iterable[Slot]) -> None:
+        """Remember the gradients at the end of a block."""
+        for slot in slots:
+            grad = slot.param.grad
+            if grad is not None:
+                self.closed[slot] = (grad, grad._version)
+
+    def take(self, slots: Iterable[Slot]) -> None:
+        """Set each slot's `grad` to the gradient of the last sample, or None."""
+        for slot in slots:
+            grad = slot.param.grad
+            if grad is None and slot in self.closed:
+                grad = self.closed[slot][0]
+            slot.grad = None if grad is None else check_gradient(slot, grad)
+
+    def check_not_zeroed(self) -> None:
+        """Refuse to average a sample whose gradients were overwritten with zeros before they were read.
+
+        Raises:
+            RuntimeError: If every remembered gradient changed since its block ended and is now zero.
+        """
+        changed = [grad for grad, version in self.closed.values() if grad._version != version]
+        if changed and len(changed) == len(self.closed) and not any(bool(grad.any()) for grad in changed):
+            raise RuntimeError(
+                "the gradients of an MC sample were zeroed in place before they were read; between samples call "
+                "optimizer.zero_grad(), or zero_grad(set_to_none=True) on the model"
+            )

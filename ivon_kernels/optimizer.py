@@ -1,0 +1,350 @@
+"""IVON as a `torch.optim.Optimizer`: sampling, two ways to train with the same numbers, and the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ivon_kernels import distributed
+from ivon_kernels.backends import Draw
+from ivon_kernels.engine import Engine
+from ivon_kernels.gradients import NonFiniteGradientError
+from ivon_kernels.noise import EVAL_STEP
+
+__all__ = ["IVON"]
+
+_MAX_SAMPLES = 2**16
+Closure = Callable[[], Any]
+
+
+class IVON(Engine):
+    """Improved Variational Online Newton (Shen et al., ICML 2024, arXiv 2402.17641).
+
+    Trains a Gaussian with mean ``m`` and standard deviation ``sigma = 1 / sqrt(ess (h + weight_decay))`` over every
+    weight, at about the cost of Adam. The forward pass runs at weights sampled from it, in one of two ways::
+
+        with optimizer.sampled_params(train=True):  # as in ivon-opt
+            loss_fn(model(x), y).backward()
+        optimizer.step()
+
+        optimizer.train()                            # or as in an AdamW loop, plus this line
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+
+    Both give the same trajectory. After :meth:`step` (and at any time after :meth:`eval`) the weights hold the mean.
+    Several ``sampled_params(train=True)`` blocks before one step are several Monte-Carlo samples of it and are averaged.
+
+    State: ``optimizer.state[p]`` holds ``mean``, ``momentum`` and ``hess`` in float32 (float64 for float64 parameters),
+    shaped like ``p``, and the int64 ``step``. Noise depends on ``seed``, step, sample and element alone.
+
+    Args:
+        params: Parameters, parameter groups or named parameters, as for every torch optimizer: float32, bfloat16,
+            float16 or float64, dense. Frozen ones are left alone.
+        lr: Learning rate ``a`` of the mean.
+        ess: Effective sample size lambda: for a loss averaged over N examples, N gives the Bayes posterior, more a
+            colder one.
+        hess_init: Initial Hessian estimate ``h``.
+        beta1: Decay of the gradient momentum.
+        beta2: Decay of the Hessian estimate.
+        weight_decay: ``d``, the prior precision divided by ess.
+        mc_samples: Samples that ``step(closure)`` draws. Loops decide themselves how many blocks they run.
+        hess_approx: ``"price"`` (reparameterization: ``g eps / sigma``) or ``"gradsq"`` (``ess g^2``).
+        clip_radius: Bound on each element of the preconditioned direction, before the learning rate.
+        sync: Draw independent noise on every rank and all-reduce the samples at the step (do not average the gradients
+            elsewhere then). The default, equal noise on every rank, suits DistributedDataParallel.
+        debias: Divide the momentum by ``1 - beta1^t``.
+        rescale_lr: Multiply ``lr`` by ``hess_init + weight_decay``.
+        seed: 64-bit seed of the noise. None takes ``torch.initial_seed()``, so that ``torch.manual_seed`` governs it; two
+            optimizers then share their noise. The global generator is never advanced.
+        backend: ``"reference"``, ``"cpu"``, or None for the fastest that takes each parameter.
+        nonfinite: What a gradient with inf or nan does at the step: ``"raise"`` :class:`NonFiniteGradientError`, or
+            ``"skip"`` the step and count it in :attr:`skipped_steps`. Either way the state is unchanged.
+        sample_in_step: In train mode, let :meth:`step` write the next sample into the weights in the same pass.
+            Call :meth:`eval` before reading or saving the weights.
+
+    Parameter groups may override every hyperparameter but `mc_samples`, `sync` and `seed`.
+
+    Raises:
+        ValueError, TypeError: For a hyperparameter or parameter that cannot be used, saying which and why.
+        RuntimeError: If a backend asked for by name is missing.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        ess: float,
+        hess_init: float = 1.0,
+        beta1: float = 0.9,
+        beta2: float = 0.99999,
+        weight_decay: float = 1e-4,
+        mc_samples: int = 1,
+        hess_approx: Literal["price", "gradsq"] = "price",
+        clip_radius: float = math.inf,
+        sync: bool = False,
+        debias: bool = True,
+        rescale_lr: bool = True,
+        *,
+        seed: int | None = None,
+        backend: str | None = None,
+        nonfinite: Literal["raise", "skip"] = "raise",
+        sample_in_step: bool = False,
+    ) -> None:
+        if not isinstance(mc_samples, int) or not 1 <= mc_samples <= _MAX_SAMPLES:
+            raise ValueError(f"mc_samples must be a whole number from 1 to {_MAX_SAMPLES}, got {mc_samples!r}")
+        if seed is not None and not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+        if nonfinite not in ("raise", "skip"):
+            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
+        self.nonfinite = nonfinite
+        self.sample_in_step = sample_in_step
+        self.skipped_steps = 0
+        self._mode = False  # train() was called last, not eval()
+        self._in_closure = False
+        self._eval_samples = 0
+        defaults = {
+            "lr": lr,
+            "ess": ess,
+            "hess_init": hess_init,
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": weight_decay,
+            "hess_approx": hess_approx,
+            "clip_radius": clip_radius,
+            "debias": debias,
+            "rescale_lr": rescale_lr,
+            "mc_samples": mc_samples,
+            "sync": sync,
+            "seed": distributed.agree_on_seed(seed),
+        }
+        super().__init__(params, defaults, backend)
+
+    @classmethod
+    def for_lora(
+        cls,
+        params: ParamsT,
+        num_data: int,
+        *,
+        lr: float = 0.03,
+        ess: float | None = None,
+        hess_init: float = 1e-3,
+        weight_decay: float = 1e-6,
+        clip_radius: float = 1e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.99999,
+        **options: Any,
+    ) -> IVON:
+        """IVON with the recipe published for LoRA (arXiv 2411.04421).
+
+        Args:
+            params: The LoRA parameters.
+            num_data: Training examples. The posterior is never warmer than Bayes': ``ess >= num_data``.
+            lr: As published with 10,000 steps and a linear schedule; a shorter run needs more, because each step moves
+                a weight by at most ``lr * clip_radius``.
+            ess: None takes the published 1e7, or `num_data` where that is larger.
+            hess_init: As published (1e-3, or 3e-4).
+            weight_decay: ``d``.
+            clip_radius: As published.
+            beta1: As published.
+            beta2: As published.
+            **options: Further arguments of :class:`IVON`; the learning rate is not rescaled unless asked for.
+
+        Raises:
+            ValueError: If `num_data` is not positive.
+            TypeError: For an option that IVON does not have.
+        """
+        if num_data < 1:
+            raise ValueError(f"num_data must be at least 1, got {num_data}")
+        options.setdefault("rescale_lr", False)
+        return cls(
+            params,
+            lr,
+            max(1e7, float(num_data)) if ess is None else ess,
+            hess_init=hess_init,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            clip_radius=clip_radius,
+            **options,
+        )
+
+    @contextmanager
+    def sampled_params(self, train: bool = False, *, sample: int | None = None) -> Iterator[None]:
+        """Hold a sample in the weights for the length of a block; the mean is back after it, whatever happens.
+
+        With ``train=True`` this is the next Monte-Carlo sample of the coming :meth:`step`; a block that raises does not
+        count. Otherwise it is an evaluation sample, which never disturbs training: it may be drawn in train mode too, and
+        the training sample is back afterwards.
+
+        Args:
+            train: Whether the block's gradients go into the next step.
+            sample: Evaluation sample to replay, in ``[0, 65536)``: the same noise at any time and on any device. None
+                takes the next one of a counter that starts at 0.
+
+        Raises:
+            ValueError: If `sample` is out of range or given with ``train=True``.
+            RuntimeError: If ``train=True`` and a sample is in the weights already.
+        """
+        if train:
+            if sample is not None:
+                raise ValueError("sample= chooses an evaluation sample; training samples are counted by the step")
+            yield from self._train_block()
+        else:
+            if sample is None:
+                sample = self._eval_samples
+                self._eval_samples = (self._eval_samples + 1) % _MAX_SAMPLES
+            if not 0 <= sample < _MAX_SAMPLES:
+                raise ValueError(f"sample must be in [0, {_MAX_SAMPLES}), got {sample}")
+            outer = self._held
+            self._put(Draw(self.seed, sample, step=EVAL_STEP))
+            try:
+                yield
+            finally:
+                if outer is None:
+                    self._restore()
+                else:
+                    self._put(outer)
+
+    def _train_block(self) -> Iterator[None]:
+        if self._in_closure:  # step(closure) holds the sample; ivon-opt's closures enter the context themselves
+            yield
+            return
+        if self._held is not None:
+            raise RuntimeError(
+                "sampled_params(train=True) inside a sample: leave the other block, or call optimizer.eval() if "
+                "optimizer.train() put it there"
+            )
+        self._begin_sample()
+        drawn = self._samples.count
+        try:
+            yield
+        except BaseException:
+            self._abort_sample()
+            raise
+        self._restore()
+        if self._samples.count == drawn:  # else the block took the step itself
+            self._samples.close(self._active_slots)
+
+    def train(self) -> None:
+        """Put the sample of the coming step into the weights; free if it is there already.
+
+        Raises:
+            RuntimeError: Inside a block that holds an evaluation sample.
+        """
+        self._require_no_evaluation("train()")
+        self._mode = True
+        if self._held is None:
+            if self._samples.count:
+                self._put(self._train_draw())
+            else:
+                self._begin_sample()
+
+    def eval(self) -> None:
+        """Restore the mean; :meth:`train` puts the same sample back if the step has not been taken."""
+        self._mode = False
+        self._restore()
+
+    def next_sample(self) -> None:
+        """Finish this Monte-Carlo sample of the coming step and put the next one into the weights (train mode).
+
+        The parameters' gradients go into the average, and ``p.grad`` is None afterwards.
+
+        Raises:
+            RuntimeError: Inside a block that holds an evaluation sample.
+        """
+        self._require_no_evaluation("next_sample()")
+        self._mode = True
+        self._begin_sample()
+
+    def discard_samples(self) -> None:
+        """Forget the unfinished step and restore the mean; the next sample is the first one of this step again."""
+        self._restore()
+        self._forget_samples()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in every torch optimizer; the gradient of a finished `sampled_params` block still counts."""
+        if not set_to_none and self._held is None:
+            self._fold()
+        super().zero_grad(set_to_none)
+
+    def step(self, closure: Closure | None = None) -> Any:
+        """Update the posterior from the gradients of the samples drawn since the last step; the weights get the mean.
+
+        Parameters without a gradient are left as they were. Under a GradScaler its scale and overflow flag are honoured.
+
+        Args:
+            closure: Clears the gradients, computes the loss, calls backward and returns the loss. It is called under
+                each of `mc_samples` samples (train mode's current one first).
+
+        Returns:
+            The closure's loss, averaged over the samples, or None.
+
+        Raises:
+            RuntimeError: If no sample was drawn since the last step.
+            NonFiniteGradientError: For inf or nan in a gradient, with ``nonfinite="raise"``; the samples are discarded.
+                Under a GradScaler such steps are skipped instead.
+        """
+        self._require_no_evaluation("step()")
+        draw_next = self.sample_in_step and self._mode and self._held is not None
+        loss = None if closure is None else self._run_closure(closure)
+        if not self._samples.count:
+            raise RuntimeError(
+                "step() without a sample: run forward and backward inside 'with optimizer.sampled_params(train=True)', "
+                "or call optimizer.train() before the forward pass"
+            )
+        amp_scale, overflow = self._amp()
+        slots = self._gather()
+        bad = self._find_nonfinite(slots)
+        if bad is not None and self.nonfinite == "raise" and amp_scale is None:
+            self.discard_samples()
+            raise NonFiniteGradientError(
+                f"the gradient of {bad} holds inf or nan; the step was not taken and nothing was changed "
+                "(nonfinite='skip' skips such steps)"
+            )
+        if overflow or bad is not None:
+            self.skipped_steps += 1
+            self._skip(keep_sample=draw_next)
+        else:
+            self._update(slots, amp_scale or 1.0, draw_next)
+        return loss
+
+    def _run_closure(self, closure: Closure) -> Any:
+        losses = []
+        self._in_closure = True
+        try:
+            for number in range(self.param_groups[0]["mc_samples"]):
+                if number or self._held is None:
+                    self._begin_sample()
+                with torch.enable_grad():
+                    losses.append(closure())
+        except BaseException:
+            self._abort_sample()
+            raise
+        finally:
+            self._in_closure = False
+        return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
+
+    def _amp(self) -> tuple[float | None, bool]:
+        """Loss scale that the gradients carry (None without a GradScaler), and whether the scaler saw an overflow."""
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return None, False
+        if grad_scale is None and self._samples.folded:
+            raise RuntimeError(
+                "GradScaler.unscale_ unscales the last MC sample only; with several samples per step call "
+                "scaler.step(optimizer) without unscale_"
+            )
+        return 1.0 if grad_scale is None else float(grad_scale), bool(found_inf)
+
+    def _require_no_evaluation(self, call: str) -> None:
+        if self._held is not None and self._held.step == EVAL_STEP:
+            raise RuntimeError(
+                f"{call} inside a sampled_params() block that holds an evaluation sample: leave it first"
+            )
