@@ -58,6 +58,7 @@ struct StepScalars {
   float lr;            // times (hess_init + weight_decay) with rescale_lr
   float clip_radius;   // may be inf
   float hess_floor;    // smallest hess kept: weight_decay + hess_floor > 0 in float32
+  float hess_ceiling;  // largest hess kept: ess * hess stays finite in float32
   float grad_scale;    // 1 / (AMP scale * MC samples)
   float second_scale;  // the same for the Hessian statistic: price g*eps, gradsq g*g
   float gradsq;        // 0: price, 1: gradsq
@@ -87,6 +88,8 @@ IVON_FN void update(F grad, F second, F& mean, F& momentum, F& hess, const StepS
   hess = hess + (delta + (delta * 0.5f) * (delta / precision));
   const F floor = Lane<F>::splat(k.hess_floor);
   hess = hess < floor ? floor : hess;  // NaN stays NaN: nothing is hidden
+  const F ceiling = Lane<F>::splat(k.hess_ceiling);
+  hess = hess > ceiling ? ceiling : hess;
   F direction = (momentum * k.inv_debias + mean * k.weight_decay) / (hess + k.weight_decay);
   const F clip = Lane<F>::splat(k.clip_radius);
   direction = direction > clip ? clip : direction;

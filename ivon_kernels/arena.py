@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ class Arena:
         mean, momentum, hess: ``[total]``, float32 or float64.
         steps: int64 ``[parameters]`` on the CPU: finished updates of each parameter.
         noise: float32 ``[total]`` or None: the normals of the last training sample, for backends that keep them.
-        noise_tags: int64 ``[parameters, 4]``: which sample that is (seed, step, sample, replica), written by the backend.
+        noise_tags: int64 ``[parameters, 4]``: which sample that is (seed, step, sample, replica); the backend's.
         grad_sum, second_sum: ``[total]`` or None; sums over finished MC samples, made when a second sample is drawn.
     """
 
@@ -87,13 +87,10 @@ class Slot:
         return flat[offset : offset + self.param.numel()].view(self.param.shape)
 
     def remember_storage(self) -> None:
-        param = self.param
-        self.storage = (param.data_ptr(), param.stride(), param.dtype)
-
-    def moved(self) -> bool:
-        """Whether the parameter's memory is no longer where it was."""
-        param = self.param
-        return (param.data_ptr(), param.stride(), param.dtype) != self.storage
+        """Note where the parameter's memory is."""
+        self.pointer = self.param.data_ptr()
+        self.dtype = self.param.dtype
+        self.contiguous = self.param.is_contiguous()
 
     @property
     def noise(self) -> Tensor | None:
@@ -107,6 +104,19 @@ class Slot:
         if not self.summed or arena.grad_sum is None or arena.second_sum is None:
             return None
         return self.view(arena.grad_sum), self.view(arena.second_sum)
+
+    def set_state(self, saved: Mapping[str, Any] | None, hess_init: float) -> None:
+        """Copy a saved state, or start from the parameter as it is."""
+        if saved is None:
+            self.step = 0
+            self.mean.copy_(self.param.detach())
+            self.momentum.zero_()
+            self.hess.fill_(hess_init)
+        else:
+            self.step = int(saved["step"])
+            for key in STATE_KEYS:
+                getattr(self, key).copy_(saved[key])
+        self.arena.steps[self.position] = self.step
 
     def state(self) -> dict[str, Any]:
         """What ``optimizer.state[param]`` holds."""

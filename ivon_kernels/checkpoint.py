@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ivon_kernels import hyperparameters
 from ivon_kernels.arena import STATE_KEYS
 
 _IVON_OPT_ONLY = ("numel", "momentum", "hess")
@@ -58,7 +59,7 @@ def from_ivon_opt(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]
         sizes = [param.numel() for param in params]
         if sum(sizes) != saved["numel"]:
             raise ValueError(
-                f"group {number} of this ivon-opt state dict has {saved['numel']} elements, the optimizer's {sum(sizes)}"
+                f"group {number} of the ivon-opt state dict has {saved['numel']} elements, the optimizer's {sum(sizes)}"
             )
         converged = _converged_step(float(saved["beta1"])) if bool(torch.any(saved["momentum"] != 0)) else 0
         pieces = zip(params, saved["momentum"].split(sizes), saved["hess"].split(sizes), saved["params"], strict=True)
@@ -81,6 +82,8 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]], names:
     Raises:
         ValueError: Saying which parameter's state is missing something or has another shape.
     """
+    if not isinstance(state_dict.get("state"), dict) or not isinstance(state_dict.get("param_groups"), list):
+        raise ValueError("this is no optimizer state dict: it lacks 'state' or 'param_groups'")
     saved_groups = state_dict["param_groups"]
     if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in param_groups]:
         raise ValueError(
@@ -92,6 +95,7 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]], names:
         missing = [key for key in own if key not in saved and key not in ("params", "param_names")]
         if missing:
             raise ValueError(f"the state dict's parameter groups lack {missing}: it was saved by another optimizer")
+        hyperparameters.validate(saved, "a saved parameter group")
         for key, param in zip(saved["params"], own["params"], strict=True):
             entry = state_dict["state"].get(key)
             if entry is None:
@@ -99,11 +103,13 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]], names:
             lacks = [name for name in ("step", *STATE_KEYS) if name not in entry]
             if lacks:
                 raise ValueError(f"the saved state of {names[param]} lacks {lacks}: it was saved by another optimizer")
+            if int(entry["step"]) < 0:
+                raise ValueError(f"the saved step of {names[param]} is {int(entry['step'])}")
             for name in STATE_KEYS:
-                if entry[name].shape != param.shape:
+                shape = tuple(getattr(entry[name], "shape", ("no tensor",)))
+                if shape != tuple(param.shape):
                     raise ValueError(
-                        f"the saved {name} of {names[param]} has shape {tuple(entry[name].shape)}, "
-                        f"the parameter {tuple(param.shape)}"
+                        f"the saved {name} of {names[param]} has shape {shape}, the parameter {tuple(param.shape)}"
                     )
 
 

@@ -38,6 +38,25 @@ def agree_on_seed(seed: int | None) -> int:
     return torch.initial_seed() if seed is None else seed
 
 
+def check_not_averaged(slots: list[Slot]) -> None:
+    """Refuse gradients that were averaged over the ranks before IVON sees them, as DistributedDataParallel does.
+
+    Each rank has noise of its own, so equal gradients mean that somebody averaged them; the Hessian estimate would then
+    be too small by the world size.
+
+    Raises:
+        RuntimeError: On every rank.
+    """
+    checksum = sum(float(slot.param.grad.double().sum()) for slot in slots if slot.param.grad is not None)
+    checksums = [0.0] * world()[1]
+    dist.all_gather_object(checksums, checksum)
+    if checksum != 0.0 and len(set(checksums)) == 1:
+        raise RuntimeError(
+            "sync=True, but the gradients are the same on every rank, so something averages them already "
+            "(DistributedDataParallel?): use sync=False with it, or run the backward pass under no_sync()"
+        )
+
+
 def share_samples(slots: list[Slot]) -> None:
     """Sum the MC sums of all ranks, in place; a parameter that had a gradient on any rank is summed on every one."""
     summed = torch.tensor([slot.summed for slot in slots], dtype=torch.int32, device=slots[0].param.device)

@@ -8,10 +8,10 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ivon_kernels import distributed
-from ivon_kernels.arena import Slot, SlotList, by_backend
+from ivon_kernels.arena import Arena, Slot, SlotList, by_backend
 from ivon_kernels.backends import Backend, Draw, StepScalars
 from ivon_kernels.gradients import Samples
-from ivon_kernels.hyperparameters import step_scalars
+from ivon_kernels.hyperparameters import step_scalars, validate
 from ivon_kernels.parameters import ParameterStore
 
 _MAX_SAMPLES = 2**16
@@ -36,11 +36,14 @@ class Engine(ParameterStore):
         known: dict[tuple[int, int], StepScalars] = {}
         for slot in slots:
             key = (slot.group, slot.step)
-            if key not in known:
-                known[key] = step_scalars(self.param_groups[slot.group], slot.step, amp_scale, samples)
-            slot.scalars = known[key]
+            scalars = known.get(key)
+            if scalars is None:
+                group = self.param_groups[slot.group]
+                validate(group, f"parameter group {slot.group}")
+                scalars = known[key] = step_scalars(group, slot.step, amp_scale, samples)
+            slot.scalars = scalars
 
-    # ---- what the weights hold ----------------------------------------------------------------------------------------
+    # ---- what the weights hold -----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _put(self, draw: Draw) -> None:
@@ -52,7 +55,7 @@ class Engine(ParameterStore):
         for backend, slots in self._active:
             backend.sample(slots, draw, adopt)
         self._held = draw
-        increment_version([slot.param for slot in self._active_slots])
+        increment_version(self._active_params)
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -63,14 +66,14 @@ class Engine(ParameterStore):
         for backend, slots in self._active:
             backend.restore(slots)
         self._held = None
-        increment_version([slot.param for slot in self._active_slots])
+        increment_version(self._active_params)
 
     def _catch_up(self) -> None:
         """Follow parameters that moved since they were sampled."""
         if self._follow_moves(self._active_slots):
             self._activate([self._slots[slot.param] for slot in self._active_slots])
 
-    # ---- the samples of a step ----------------------------------------------------------------------------------------
+    # ---- the samples of a step -----------------------------------------------------------------------------------
 
     def _begin_sample(self) -> None:
         """Draw the next MC sample of the coming step, after counting in the gradient of the one before."""
@@ -92,7 +95,7 @@ class Engine(ParameterStore):
 
     def _forget_samples(self) -> None:
         self._samples = Samples()
-        for slot in self._slots.values():
+        for slot in self._active_slots:
             slot.summed, slot.grad = False, None
 
     @torch.no_grad()
@@ -107,76 +110,81 @@ class Engine(ParameterStore):
                 arena.clear_sums()
         samples.take(self._active_slots)
         slots = [slot for slot in self._active_slots if slot.grad is not None]
-        samples.nonfinite = samples.nonfinite or self._first_nonfinite(slots)
         for slot in slots:
             slot.summed = True
         self._set_scalars(slots)
-        for backend, part in self._lists(slots):
+        launches = self._launches(slots)
+        bad = self._first_nonfinite(launches)
+        samples.nonfinite = samples.nonfinite or bad
+        for backend, part in launches:
             backend.accumulate(part, self._train_draw())
         for slot in slots:
             slot.grad = slot.param.grad = None
         samples.closed.clear()
         samples.folded = samples.count
 
-    # ---- the step -----------------------------------------------------------------------------------------------------
+    # ---- the step ------------------------------------------------------------------------------------------------
 
-    def _lists(self, slots: list[Slot]) -> list[tuple[Backend, SlotList]]:
+    def _launches(self, slots: list[Slot]) -> list[tuple[Backend, SlotList]]:
         return self._active if len(slots) == len(self._active_slots) else by_backend(slots)
 
     @torch.no_grad()
-    def _gather(self) -> list[Slot]:
-        """The slots that this step updates, each with the gradient of the last sample."""
+    def _gather(self) -> list[tuple[Backend, SlotList]]:
+        """The launches of this step: the slots with a gradient of any sample, `grad` set to that of the last one."""
         samples = self._samples
         if self._replicas > 1:
+            distributed.check_not_averaged(self._active_slots)
             self._fold()
             distributed.share_samples(self._active_slots)
         self._catch_up()
         if samples.folded < samples.count:
             samples.take(self._active_slots)
-        return [slot for slot in self._active_slots if slot.grad is not None or slot.summed]
+        return self._launches([slot for slot in self._active_slots if slot.grad is not None or slot.summed])
 
-    def _first_nonfinite(self, slots: list[Slot]) -> str | None:
-        for backend, part in self._lists(slots):
-            position = backend.find_nonfinite(part)
-            if position is not None:
-                return part.slots[position].name
-        return None
+    @staticmethod
+    def _first_nonfinite(launches: list[tuple[Backend, SlotList]]) -> str | None:
+        found = [(part, backend.find_nonfinite(part)) for backend, part in launches]
+        return next((part.slots[position].name for part, position in found if position is not None), None)
 
     @torch.no_grad()
-    def _find_nonfinite(self, slots: list[Slot]) -> str | None:
+    def _find_nonfinite(self, launches: list[tuple[Backend, SlotList]]) -> str | None:
         """Name of a parameter whose gradient of any sample holds inf or nan; all ranks agree with ``sync``."""
-        bad = self._samples.nonfinite or self._first_nonfinite(slots)
-        if bad is None and self._replicas > 1 and not distributed.sums_finite(slots):
+        bad = self._first_nonfinite(launches)
+        bad = self._samples.nonfinite or bad
+        if bad is None and self._replicas > 1 and not distributed.sums_finite(self._active_slots):
             bad = "a parameter on another rank"
         return bad
 
     @torch.no_grad()
-    def _update(self, slots: list[Slot], amp_scale: float, draw_next: bool) -> None:
+    def _update(self, launches: list[tuple[Backend, SlotList]], amp_scale: float, draw_next: bool) -> None:
+        slots = [slot for _, part in launches for slot in part.slots]
         held = self._held is not None
         draw = self._train_draw()
         self._set_scalars(slots, amp_scale, self._samples.count * self._replicas)
-        for backend, part in self._lists(slots):
+        for backend, part in launches:
             backend.step(part, draw, adopt=not held, draw_next=draw_next)
-        for slot in slots:
-            slot.step += 1
-        for arena in {slot.arena for slot in slots}:
-            positions = [slot.position for slot in slots if slot.arena is arena]
-            if len(positions) == len(arena.steps):
-                arena.steps += 1
-            else:
-                arena.steps[positions] += 1
-        increment_version([slot.param for slot in slots])
-        if held and not draw_next:
+        self._count_step(slots)
+        if held and not draw_next and len(slots) < len(self._active_slots):
             stepped = set(slots)
-            others = [slot for slot in self._active_slots if slot not in stepped]
-            for backend, part in by_backend(others):
+            for backend, part in by_backend([slot for slot in self._active_slots if slot not in stepped]):
                 backend.restore(part)
-            increment_version([slot.param for slot in others])
+        increment_version(self._active_params if held else [slot.param for slot in slots])
         self._forget_samples()
         self._held = None
         if draw_next:
             self._samples.count = 1
             self._held = self._train_draw()
+
+    def _count_step(self, slots: list[Slot]) -> None:
+        arenas: dict[Arena, list[int]] = {}
+        for slot in slots:
+            slot.step += 1
+            arenas.setdefault(slot.arena, []).append(slot.position)
+        for arena, positions in arenas.items():
+            if len(positions) == len(arena.steps):
+                arena.steps += 1
+            else:
+                arena.steps[positions] += 1
 
     def _skip(self, keep_sample: bool) -> None:
         """Leave state and counters as they are; the next step draws the same samples again."""

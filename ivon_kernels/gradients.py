@@ -78,11 +78,14 @@ class Samples:
 
     def take(self, slots: Iterable[Slot]) -> None:
         """Set each slot's `grad` to the gradient of the last sample, or None."""
+        closed, strided, double = self.closed, torch.strided, torch.float64
         for slot in slots:
             grad = slot.param.grad
-            if grad is None and slot in self.closed:
-                grad = self.closed[slot][0]
-            slot.grad = None if grad is None else check_gradient(slot, grad)
+            if grad is None and slot in closed:
+                grad = closed[slot][0]
+            if grad is not None and (grad.layout is not strided or grad.dtype is double):
+                grad = check_gradient(slot, grad)
+            slot.grad = grad
 
     def check_not_zeroed(self) -> None:
         """Refuse to average a sample whose gradients were overwritten with zeros before they were read.

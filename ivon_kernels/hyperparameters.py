@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
+
+from torch import Tensor
 
 from ivon_kernels.backends.base import StepScalars
 
@@ -29,6 +32,7 @@ HESS_APPROXIMATIONS = ("price", "gradsq")
 
 _HESS_MARGIN = 2.0**-20  # hess + weight_decay never falls below this fraction of weight_decay ...
 _HESS_TINY = 1e-30  # ... nor below this
+_PRECISION_MAX = 2.0**126  # ess * hess never exceeds this, whatever finite gradients come
 
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "lr": ("a finite number >= 0", lambda v: 0 <= v < math.inf),
@@ -49,11 +53,10 @@ def validate(group: dict[str, Any], where: str) -> None:
         TypeError: If a number is something else.
     """
     for key, (allowed, holds) in _RANGES.items():
-        try:
-            value = float(group[key])
-        except (TypeError, ValueError):
-            raise TypeError(f"{key} must be a number, got {group[key]!r} in {where}") from None
-        if not holds(value):
+        value = group[key]
+        if not isinstance(value, Real) and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise TypeError(f"{key} must be a number, got {value!r} in {where}")
+        if not holds(float(value)):
             raise ValueError(f"{key} must be {allowed}, got {group[key]} in {where}")
     if group["hess_approx"] not in HESS_APPROXIMATIONS:
         raise ValueError(f"hess_approx must be one of {HESS_APPROXIMATIONS}, got {group['hess_approx']!r} in {where}")
@@ -84,6 +87,7 @@ def step_scalars(group: dict[str, Any], step: int, amp_scale: float, samples: in
         lr=lr,
         clip_radius=float(group["clip_radius"]),
         hess_floor=max(-weight_decay * (1.0 - _HESS_MARGIN), _HESS_TINY - weight_decay),
+        hess_ceiling=_PRECISION_MAX / max(float(group["ess"]), 1.0),
         grad_scale=1.0 / (amp_scale * samples),
         second_scale=1.0 / ((amp_scale**2 if gradsq else amp_scale) * samples),
         gradsq=float(gradsq),

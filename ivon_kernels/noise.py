@@ -8,8 +8,9 @@ from one Philox4x32-10 block (Salmon et al., SC 2011) with
 
 whose words ``(w0, w1)`` give elements 0 and 1 and ``(w2, w3)`` elements 2 and 3 by the Box-Muller transform in
 :func:`box_muller`. Only individually rounded IEEE-754 float32 operations are used (no fused multiply-add; square roots
-through float64, because ``torch.sqrt`` is not always correctly rounded in float32), so that this module, the C++ code at
-any SIMD width and the GPU kernels agree bit for bit. ``csrc/philox.h`` and ``csrc/ivon_math.h`` are the compiled twin.
+through float64, because ``torch.sqrt`` is not always correctly rounded in float32), so that this module, the C++ code
+at any SIMD width and the GPU kernels agree bit for bit. ``csrc/philox.h`` and ``csrc/ivon_math.h`` are the compiled
+twin.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class IVON(Engine):
         optimizer.step()
 
     Both give the same trajectory. After :meth:`step` (and at any time after :meth:`eval`) the weights hold the mean.
-    Several ``sampled_params(train=True)`` blocks before one step are several Monte-Carlo samples of it and are averaged.
+    Several ``sampled_params(train=True)`` blocks before one step are several Monte-Carlo samples, which it averages.
 
     State: ``optimizer.state[p]`` holds ``mean``, ``momentum`` and ``hess`` in float32 (float64 for float64 parameters),
     shaped like ``p``, and the int64 ``step``. Noise depends on ``seed``, step, sample and element alone.
@@ -60,8 +60,8 @@ class IVON(Engine):
             elsewhere then). The default, equal noise on every rank, suits DistributedDataParallel.
         debias: Divide the momentum by ``1 - beta1^t``.
         rescale_lr: Multiply ``lr`` by ``hess_init + weight_decay``.
-        seed: 64-bit seed of the noise. None takes ``torch.initial_seed()``, so that ``torch.manual_seed`` governs it; two
-            optimizers then share their noise. The global generator is never advanced.
+        seed: 64-bit seed of the noise. None takes ``torch.initial_seed()``, so that ``torch.manual_seed`` governs it;
+            two optimizers then share their noise. The global generator is never advanced.
         backend: ``"reference"``, ``"cpu"``, or None for the fastest that takes each parameter.
         nonfinite: What a gradient with inf or nan does at the step: ``"raise"`` :class:`NonFiniteGradientError`, or
             ``"skip"`` the step and count it in :attr:`skipped_steps`. Either way the state is unchanged.
@@ -98,8 +98,8 @@ class IVON(Engine):
     ) -> None:
         if not isinstance(mc_samples, int) or not 1 <= mc_samples <= _MAX_SAMPLES:
             raise ValueError(f"mc_samples must be a whole number from 1 to {_MAX_SAMPLES}, got {mc_samples!r}")
-        if seed is not None and not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
+            raise ValueError(f"seed must be a whole number in [0, 2^64) or None, got {seed!r}")
         if nonfinite not in ("raise", "skip"):
             raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
         self.nonfinite = nonfinite
@@ -159,7 +159,7 @@ class IVON(Engine):
             ValueError: If `num_data` is not positive.
             TypeError: For an option that IVON does not have.
         """
-        if num_data < 1:
+        if not 1 <= num_data < math.inf:
             raise ValueError(f"num_data must be at least 1, got {num_data}")
         options.setdefault("rescale_lr", False)
         return cls(
@@ -179,8 +179,8 @@ class IVON(Engine):
         """Hold a sample in the weights for the length of a block; the mean is back after it, whatever happens.
 
         With ``train=True`` this is the next Monte-Carlo sample of the coming :meth:`step`; a block that raises does not
-        count. Otherwise it is an evaluation sample, which never disturbs training: it may be drawn in train mode too, and
-        the training sample is back afterwards.
+        count. Otherwise it is an evaluation sample, which never disturbs training: it may be drawn in train mode too,
+        and the training sample is back afterwards.
 
         Args:
             train: Whether the block's gradients go into the next step.
@@ -276,7 +276,7 @@ class IVON(Engine):
     def step(self, closure: Closure | None = None) -> Any:
         """Update the posterior from the gradients of the samples drawn since the last step; the weights get the mean.
 
-        Parameters without a gradient are left as they were. Under a GradScaler its scale and overflow flag are honoured.
+        Parameters without a gradient are left as they were. A GradScaler's scale and overflow flag are honoured.
 
         Args:
             closure: Clears the gradients, computes the loss, calls backward and returns the loss. It is called under
@@ -299,8 +299,8 @@ class IVON(Engine):
                 "or call optimizer.train() before the forward pass"
             )
         amp_scale, overflow = self._amp()
-        slots = self._gather()
-        bad = self._find_nonfinite(slots)
+        launches = self._gather()
+        bad = self._find_nonfinite(launches)
         if bad is not None and self.nonfinite == "raise" and amp_scale is None:
             self.discard_samples()
             raise NonFiniteGradientError(
@@ -311,7 +311,7 @@ class IVON(Engine):
             self.skipped_steps += 1
             self._skip(keep_sample=draw_next)
         else:
-            self._update(slots, amp_scale or 1.0, draw_next)
+            self._update(launches, amp_scale or 1.0, draw_next)
         return loss
 
     def _run_closure(self, closure: Closure) -> Any:
@@ -324,7 +324,7 @@ class IVON(Engine):
                 with torch.enable_grad():
                     losses.append(closure())
         except BaseException:
-            self._abort_sample()
+            self.discard_samples()
             raise
         finally:
             self._in_closure = False

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ivon_kernels import checkpoint, diagnostics, hyperparameters
-from ivon_kernels.arena import STATE_KEYS, Arena, Slot, by_backend, state_dtype
+from ivon_kernels.arena import Arena, Slot, by_backend, state_dtype
 from ivon_kernels.backends import Draw, choose
 from ivon_kernels.gradients import Samples, check_parameter
 
@@ -27,13 +27,15 @@ class ParameterStore(Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         self._backend_name = backend
         self._slots: dict[Tensor, Slot] = {}
-        self._active_slots: list[Slot] = []  # those whose weights are sampled
-        self._active = by_backend([])
+        self._ordered: list[Slot] = []  # all slots, in the parameters' order
+        self._stateless: list[_Place] = []  # frozen parameters
+        self._activate([])
         self._samples = Samples()
         self._held: Draw | None = None  # the sample in the weights; None: the mean
+        self._loading: dict[str, Any] | None = None  # the state dict that load_state_dict is taking over
         super().__init__(params, defaults)
 
-    # ---- public, documented on IVON -------------------------------------------------------------------------------
+    # ---- public, documented on IVON ----------------------------------------------------------------------------------
 
     @property
     def seed(self) -> int:
@@ -53,13 +55,13 @@ class ParameterStore(Optimizer):
         """Whether training changes anything, one dict per parameter group.
 
         Returns:
-            For each group ``elements``, ``steps``, and, as ``{quantile: value}`` over its elements, ``sigma`` (posterior
-            standard deviation), ``snr`` (``|mean| / sigma``) and ``hess_over_init`` (1: the Hessian has not moved);
-            ``clipped`` is the share of elements whose last direction the clip radius binds.
+            For each group ``elements``, ``steps``, and, as ``{quantile: value}`` over its elements, ``sigma``
+            (posterior standard deviation), ``snr`` (``|mean| / sigma``) and ``hess_over_init`` (1: the Hessian has not
+            moved); ``clipped`` is the share of elements whose last direction the clip radius binds.
         """
         self._adopt_edits()
         groups: list[list[Slot]] = [[] for _ in self.param_groups]
-        for slot in self._slots.values():
+        for slot in self._ordered:
             groups[slot.group].append(slot)
         return [diagnostics.summarize(group, slots) for group, slots in zip(self.param_groups, groups, strict=True)]
 
@@ -86,7 +88,7 @@ class ParameterStore(Optimizer):
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
-        self._place([place for place in self._trainable() if place[0] not in self._slots], {})
+        self._place([place for place in self._places() if self._needs_state(place[0])], {})
 
     def state_dict(self) -> dict[str, Any]:
         """As in every torch optimizer. `mean` is the mean also while a sample is in the weights.
@@ -113,19 +115,15 @@ class ParameterStore(Optimizer):
             loaded.update(candidate)
             return candidate
 
-        # torch casts float state to the parameter's dtype; `capture`, the last hook to run, keeps the original for us.
+        # torch casts float state to the parameter's dtype; `capture`, the last hook to run, keeps the original for
+        # __setstate__, which torch calls before the post hooks.
         hook = self.register_load_state_dict_pre_hook(capture)
+        self._loading = loaded
         try:
-            with torch.inference_mode(False):
-                super().load_state_dict(state_dict)
-                saved = checkpoint.by_parameter(loaded, self.param_groups)
-                self._samples, self._held = Samples(), None
-                self._rebuild(saved)
-                for backend, slots in by_backend([self._slots[param] for param in saved]):
-                    backend.restore(slots)
-                increment_version(list(saved))
+            super().load_state_dict(state_dict)
         finally:
             hook.remove()
+            self._loading = None
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key in self._plain_attributes()}
@@ -138,12 +136,14 @@ class ParameterStore(Optimizer):
         state = dict(state)
         restored = state.pop("_own", None)
         super().__setstate__(state)
-        if restored is None:  # called by load_state_dict, which goes on from here
+        if restored is None:
+            self._finish_loading()
             return
         own, (count, folded, nonfinite), sums, active = restored
         self.__dict__.update(own)
+        self._slots, self._ordered, self._loading = {}, [], None
         self._samples = Samples(count, folded, nonfinite)
-        self._rebuild(dict(self.state))
+        self._set_state(dict(self.state))
         slots = {slot.index: slot for slot in self._slots.values()}
         self._activate([slots[index] for index in active])
         if sums:
@@ -153,6 +153,17 @@ class ParameterStore(Optimizer):
                 slots[index].summed = True
                 for own_sum, saved_sum in zip(slots[index].sums or (), pair, strict=True):
                     own_sum.copy_(saved_sum)
+
+    @torch.no_grad()
+    def _finish_loading(self) -> None:
+        """Take over the state dict as it was before torch cast it, and put its mean into the weights."""
+        assert self._loading is not None
+        saved = checkpoint.by_parameter(self._loading, self.param_groups)
+        self._samples, self._held = Samples(), None
+        self._set_state(saved)
+        for backend, slots in by_backend([self._slots[param] for param in saved]):
+            backend.restore(slots)
+        increment_version(list(saved))
 
     @staticmethod
     def _plain_attributes() -> tuple[str, ...]:
@@ -167,7 +178,7 @@ class ParameterStore(Optimizer):
             "_held",
         )
 
-    # ---- parameters and state ---------------------------------------------------------------------------------------
+    # ---- parameters and state ----------------------------------------------------------------------------------------
 
     @staticmethod
     def _names(group: dict[str, Any], number: int) -> list[str]:
@@ -184,14 +195,12 @@ class ParameterStore(Optimizer):
             for param, name in zip(group["params"], self._names(group, number), strict=True)
         }
 
-    def _trainable(self) -> list[_Place]:
-        places, index = [], 0
-        for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if param.requires_grad:
-                    places.append((param, number, index))
-                index += 1
-        return places
+    def _places(self) -> list[_Place]:
+        params = [(param, number) for number, group in enumerate(self.param_groups) for param in group["params"]]
+        return [(param, number, index) for index, (param, number) in enumerate(params)]
+
+    def _needs_state(self, param: Tensor) -> bool:
+        return param.requires_grad and param not in self._slots
 
     def _place(self, places: Iterable[_Place], saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Give parameters state in new arenas: a copy of what `saved` has, else the initial state."""
@@ -206,37 +215,40 @@ class ParameterStore(Optimizer):
                 arena = Arena([param.numel() for param, _, _ in bucket], device, dtype, keep_noise)
                 for position, ((param, number, index), backend) in enumerate(zip(bucket, backends, strict=True)):
                     slot = Slot(param, names[param], index, number, backend, arena, position)
-                    if param in saved:
-                        slot.step = int(saved[param]["step"])
-                        for key in STATE_KEYS:
-                            getattr(slot, key).copy_(saved[param][key])
-                    else:
-                        slot.mean.copy_(param)
-                        slot.hess.fill_(float(self.param_groups[number]["hess_init"]))
-                    arena.steps[position] = slot.step
+                    slot.set_state(saved.get(param), float(self.param_groups[number]["hess_init"]))
                     self._slots[param] = slot
                     self.state[param] = slot.state()
+        self._ordered = sorted(self._slots.values(), key=lambda slot: slot.index)
+        self._stateless = [place for place in self._places() if place[0] not in self._slots]
 
-    def _rebuild(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """All state anew: from `saved` where it has some, initial for other trainable parameters."""
-        self._slots = {}
-        self.state.clear()
-        places, index = [], 0
-        for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                if param in saved or param.requires_grad:
-                    places.append((param, number, index))
-                index += 1
-        self._place(places, saved)
+    def _set_state(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """The state of all parameters: from `saved` where it has some, initial for other trainable ones."""
         self._activate([])
+        self.state.clear()
+        for slot in self._ordered:
+            slot.summed = False
+            slot.set_state(saved.get(slot.param), float(self.param_groups[slot.group]["hess_init"]))
+            self.state[slot.param] = slot.state()
+        new = [p for p in self._places() if self._needs_state(p[0]) or (p[0] in saved and p[0] not in self._slots)]
+        self._place(new, saved)
 
     def _activate(self, slots: list[Slot]) -> None:
+        """Make these the slots whose weights are sampled."""
         self._active_slots = slots
         self._active = by_backend(slots)
+        self._active_params = [slot.param for slot in slots]
 
     def _follow_moves(self, slots: list[Slot]) -> bool:
         """Keep up with parameters whose memory, device or dtype changed. Returns whether there were any."""
-        moved = [slot for slot in slots if slot.moved()]
+        moved = [
+            slot
+            for slot, param in [
+                (slot, slot.param) for slot in slots
+            ]  # inlined: this runs for every tensor, twice a step
+            if param.data_ptr() != slot.pointer
+            or param.dtype is not slot.dtype
+            or param.is_contiguous() is not slot.contiguous
+        ]
         for slot in moved:
             if slot.param.shape != slot.mean.shape:
                 raise RuntimeError(
@@ -258,18 +270,18 @@ class ParameterStore(Optimizer):
 
     def _refresh(self) -> None:
         """Decide whose weights to sample: every trainable parameter, wherever it now lives."""
-        places = self._trainable()
-        new = [place for place in places if place[0] not in self._slots]
-        if new:
-            self._place(new, {})
-        moved = self._follow_moves([self._slots[param] for param, _, _ in places])
-        slots = [self._slots[param] for param, _, _ in places]
-        if moved or slots != self._active_slots:
+        thawed = [place for place in self._stateless if place[0].requires_grad]
+        if thawed:
+            self._place(thawed, {})
+        slots = [slot for slot in self._ordered if slot.param.requires_grad]
+        if self._follow_moves(slots):
+            self._activate([slot for slot in self._ordered if slot.param.requires_grad])
+        elif slots != self._active_slots:
             self._activate(slots)
 
     def _adopt_edits(self) -> None:
         if self._held is None:
             with torch.no_grad():
-                self._follow_moves(list(self._slots.values()))
-                for slot in self._slots.values():
+                self._follow_moves(self._ordered)
+                for slot in self._ordered:
                     slot.adopt_edits()

@@ -1,6 +1,7 @@
 // The chunk operations. Compiled once per SIMD level with IVON_ISA and IVON_VEC_BYTES set; results do not depend on it.
 #include "kernels.h"
 
+#include <cstddef>
 #include <initializer_list>
 
 #include "../ivon_math.h"

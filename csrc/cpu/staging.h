@@ -1,6 +1,8 @@
 // Moves chunks between parameters or gradients of any dtype and stride and float32 buffers in the L1 cache.
 #pragma once
 
+#include <cstddef>
+
 #include "../lane.h"
 #include "ivon_cpu.h"
 

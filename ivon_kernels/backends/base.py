@@ -23,6 +23,7 @@ class StepScalars(NamedTuple):
     lr: float  # times (hess_init + weight_decay) with rescale_lr
     clip_radius: float  # may be inf
     hess_floor: float  # smallest hess kept: hess_floor + weight_decay > 0 in float32
+    hess_ceiling: float  # largest hess kept: ess * hess stays finite in float32
     grad_scale: float  # 1 / (AMP scale * MC samples)
     second_scale: float  # the same for the Hessian statistic: g * eps (price) or g * g (gradsq)
     gradsq: float  # 0: price, 1: gradsq
@@ -61,7 +62,10 @@ class Backend(ABC):
 
     @abstractmethod
     def find_nonfinite(self, slots: SlotList) -> int | None:
-        """Position of the first slot whose `grad` holds inf or nan."""
+        """Position of the first slot whose `grad` holds inf or nan.
+
+        The optimizer calls this before :meth:`accumulate` and :meth:`step`, which find the same gradients.
+        """
 
     @abstractmethod
     def accumulate(self, slots: SlotList, draw: Draw) -> None:

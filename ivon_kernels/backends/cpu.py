@@ -11,7 +11,7 @@ import torch
 
 from ivon_kernels import _native
 from ivon_kernels.arena import Slot, SlotList
-from ivon_kernels.backends.base import Backend, Draw, StepScalars
+from ivon_kernels.backends.base import Backend, Draw
 
 _ABI = 1
 _MAX_DIMS = 25
@@ -144,46 +144,61 @@ class _Table:
     def __init__(self, slots: list[Slot]) -> None:
         self.slots = slots
         self.rows = array("q", bytes(8 * _WIDTH * len(slots)))
-        self.contiguous = [slot.param.is_contiguous() for slot in slots]
         self.layouts: list[array[int]] = []  # kept alive as long as the rows point to them
+        self.strided = not all(slot.contiguous for slot in slots)
+        self.summed = False
         for key in ("param", "mean", "momentum", "hess"):
             self.set(key, [getattr(slot, key).data_ptr() for slot in slots])
         self.set("noise", [0 if slot.noise is None else slot.noise.data_ptr() for slot in slots])
         self.set("noise_tag", [slot.arena.noise_tags[slot.position].data_ptr() for slot in slots])
         self.set("numel", [slot.param.numel() for slot in slots])
         self.set("index", [slot.index for slot in slots])
-        self.set("param_dtype", [_DTYPES[slot.param.dtype] for slot in slots])
+        self.set("param_dtype", [_DTYPES[slot.dtype] for slot in slots])
+        self.set_layouts()
 
     def set(self, column: str, values: list[int]) -> None:
         self.rows[_COLUMNS.index(column) :: _WIDTH] = array("q", values)
 
     def set_grads(self) -> None:
+        """Pointers to gradients and sums; the layouts again if any gradient's strides differ from its parameter's."""
         grads = [slot.grad for slot in self.slots]
-        self.set("grad", [0 if grad is None else grad.data_ptr() for grad in grads])
-        self.set("grad_dtype", [0 if grad is None else _DTYPES[grad.dtype] for grad in grads])
-        sums = [slot.sums for slot in self.slots]
-        self.set("grad_sum", [0 if pair is None else pair[0].data_ptr() for pair in sums])
-        self.set("second_sum", [0 if pair is None else pair[1].data_ptr() for pair in sums])
+        present = [grad for grad in grads if grad is not None]
+        if len(present) == len(grads):  # nearly always; map() keeps the loop in C
+            self.set("grad", list(map(torch.Tensor.data_ptr, present)))
+            self.set("grad_dtype", [_DTYPES[grad.dtype] for grad in present])
+        else:
+            self.set("grad", [0 if grad is None else grad.data_ptr() for grad in grads])
+            self.set("grad_dtype", [0 if grad is None else _DTYPES[grad.dtype] for grad in grads])
+        summed = any(slot.summed for slot in self.slots)
+        if summed or self.summed:
+            self.summed = summed
+            sums = [slot.sums for slot in self.slots]
+            self.set("grad_sum", [0 if pair is None else pair[0].data_ptr() for pair in sums])
+            self.set("second_sum", [0 if pair is None else pair[1].data_ptr() for pair in sums])
+        if self.strided or not all(map(torch.Tensor.is_contiguous, present)):
+            self.strided = True
+            self.set_layouts()
 
     def set_layouts(self) -> None:
-        plain = [
-            param and (slot.grad is None or slot.grad.is_contiguous())
-            for param, slot in zip(self.contiguous, self.slots, strict=True)
-        ]
+        """Strides of every slot whose parameter or gradient is not contiguous."""
         self.layouts = []
-        pointers = [0] * len(plain)
-        if not all(plain):
-            for position, slot in enumerate(self.slots):
-                if not plain[position]:
-                    self.layouts.append(_layout(slot))
-                    pointers[position] = self.layouts[-1].buffer_info()[0]
+        pointers = []
+        for slot in self.slots:
+            if slot.contiguous and (slot.grad is None or slot.grad.is_contiguous()):
+                pointers.append(0)
+            else:
+                self.layouts.append(_layout(slot))
+                pointers.append(self.layouts[-1].buffer_info()[0])
         self.set("layout", pointers)
 
     def scalars(self) -> array[float]:
         """The distinct scalars of the slots as float32 rows; the table's `scalars` column says which is whose."""
-        rows: dict[StepScalars | None, int] = {}
-        self.set("scalars", [rows.setdefault(slot.scalars, len(rows)) for slot in self.slots])
-        return array("f", [value for scalars in rows if scalars is not None for value in scalars])
+        own = [slot.scalars for slot in self.slots]
+        ids = list(map(id, own))
+        distinct = dict(zip(ids, own, strict=True))
+        numbers = {key: number for number, key in enumerate(distinct)}
+        self.set("scalars", list(map(numbers.__getitem__, ids)))
+        return array("f", [value for scalars in distinct.values() for value in scalars or ()])
 
 
 class CpuBackend(Backend):
@@ -209,14 +224,14 @@ class CpuBackend(Backend):
         self._launch("restore", slots)
 
     def find_nonfinite(self, slots: SlotList) -> int | None:
-        position = self._launch("find_nonfinite", slots, grads=True)
+        position = self._launch("find_nonfinite", slots, new_grads=True)
         return None if position < 0 else position
 
     def accumulate(self, slots: SlotList, draw: Draw) -> None:
-        self._launch("accumulate", slots, draw, grads=True)
+        self._launch("accumulate", slots, draw)
 
     def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool) -> None:
-        self._launch("step", slots, draw, grads=True, adopt=adopt, draw_next=draw_next)
+        self._launch("step", slots, draw, adopt=adopt, draw_next=draw_next)
 
     def _launch(
         self,
@@ -224,16 +239,15 @@ class CpuBackend(Backend):
         slots: SlotList,
         draw: Draw | None = None,
         *,
-        grads: bool = False,
+        new_grads: bool = False,
         adopt: bool = False,
         draw_next: bool = False,
     ) -> int:
         if slots.cache is None:
             slots.cache = _Table(slots.slots)
         table: _Table = slots.cache
-        if grads:
+        if new_grads:
             table.set_grads()
-        table.set_layouts()
         table.set("step", [slot.step for slot in slots.slots])
         scalars = table.scalars() if draw is not None else array("f")
         seed, sample, replica, step = draw or (0, 0, 0, None)

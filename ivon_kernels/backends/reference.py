@@ -46,7 +46,7 @@ def update(
     momentum = momentum * k.beta1 + grad * k.one_minus_beta1
     # b2 h + (1 - b2) h^ + (1 - b2)^2 (h - h^)^2 / (2 (h + d)), written around h: small changes keep their precision.
     delta = (hess_estimate - hess) * k.one_minus_beta2
-    hess = (hess + (delta + (delta * 0.5) * (delta / precision))).clamp(min=k.hess_floor)
+    hess = (hess + (delta + (delta * 0.5) * (delta / precision))).clamp(k.hess_floor, k.hess_ceiling)
     direction = (momentum * k.inv_debias + mean * k.weight_decay) / (hess + k.weight_decay)
     mean = mean - direction.clamp(-k.clip_radius, k.clip_radius) * k.lr
     return mean, momentum, hess
