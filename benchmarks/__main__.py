@@ -1,0 +1,19 @@
+"""The command line of the benchmarks: ``python -m benchmarks [finetune|speed]``."""
+
+import typer
+
+from benchmarks.finetune.cli import finetune
+from benchmarks.speed.cli import speed
+
+app = typer.Typer(
+    help="Benchmarks of ivon_kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(finetune)
+app.command()(speed)
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

