@@ -28,7 +28,7 @@ class Arena:
         mean, momentum, hess: ``[total]``, float32 or float64.
         steps: int64 ``[parameters]`` on the CPU: finished updates of each parameter.
         noise: float32 ``[total]`` or None: the normals of the last training sample, for backends that keep them.
-        noise_tags: int64 ``[parameters, 4]``: which sample that is (seed, step, sample, replica); the backend's.
+        noise_tags: int64 ``[parameters, 4]``: whose it is (seed, step, sample, replica).
         grad_sum, second_sum: ``[total]`` or None; sums over finished MC samples, made when a second sample is drawn.
     """
 
@@ -79,18 +79,12 @@ class Slot:
 
     def __post_init__(self) -> None:
         self.mean, self.momentum, self.hess = (self.view(getattr(self.arena, key)) for key in STATE_KEYS)
-        self.remember_storage()
+        self.address = self.param.data_ptr()
 
     def view(self, flat: Tensor) -> Tensor:
         """This parameter's part of an arena tensor, in its shape."""
         offset = self.arena.offsets[self.position]
         return flat[offset : offset + self.param.numel()].view(self.param.shape)
-
-    def remember_storage(self) -> None:
-        """Note where the parameter's memory is."""
-        self.pointer = self.param.data_ptr()
-        self.dtype = self.param.dtype
-        self.contiguous = self.param.is_contiguous()
 
     @property
     def noise(self) -> Tensor | None:

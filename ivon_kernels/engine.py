@@ -8,7 +8,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from ivon_kernels import distributed
-from ivon_kernels.arena import Arena, Slot, SlotList, by_backend
+from ivon_kernels.arena import Slot, SlotList, by_backend
 from ivon_kernels.backends import Backend, Draw, StepScalars
 from ivon_kernels.gradients import Samples
 from ivon_kernels.hyperparameters import step_scalars, validate
@@ -34,13 +34,15 @@ class Engine(ParameterStore):
 
     def _set_scalars(self, slots: Iterable[Slot], amp_scale: float = 1.0, samples: int = 1) -> None:
         known: dict[tuple[int, int], StepScalars] = {}
+        last, scalars = (-1, -1), None
         for slot in slots:
-            key = (slot.group, slot.step)
-            scalars = known.get(key)
-            if scalars is None:
-                group = self.param_groups[slot.group]
-                validate(group, f"parameter group {slot.group}")
-                scalars = known[key] = step_scalars(group, slot.step, amp_scale, samples)
+            if slot.step != last[1] or slot.group != last[0]:  # neighbours nearly always share them
+                last = (slot.group, slot.step)
+                scalars = known.get(last)
+                if scalars is None:
+                    group = self.param_groups[slot.group]
+                    validate(group, f"parameter group {slot.group}")
+                    scalars = known[last] = step_scalars(group, slot.step, amp_scale, samples)
             slot.scalars = scalars
 
     # ---- what the weights hold -----------------------------------------------------------------------------------
@@ -176,15 +178,15 @@ class Engine(ParameterStore):
             self._held = self._train_draw()
 
     def _count_step(self, slots: list[Slot]) -> None:
-        arenas: dict[Arena, list[int]] = {}
         for slot in slots:
             slot.step += 1
-            arenas.setdefault(slot.arena, []).append(slot.position)
-        for arena, positions in arenas.items():
-            if len(positions) == len(arena.steps):
+        if len(slots) == len(self._active_slots):
+            whole = self._active_arenas
+            for arena in whole:
                 arena.steps += 1
-            else:
-                arena.steps[positions] += 1
+            slots = [] if sum(len(arena.steps) for arena in whole) == len(slots) else slots
+        for slot in slots:
+            slot.arena.steps[slot.position] = slot.step
 
     def _skip(self, keep_sample: bool) -> None:
         """Leave state and counters as they are; the next step draws the same samples again."""

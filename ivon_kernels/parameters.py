@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -237,18 +238,15 @@ class ParameterStore(Optimizer):
         self._active_slots = slots
         self._active = by_backend(slots)
         self._active_params = [slot.param for slot in slots]
+        positions = Counter(slot.arena for slot in slots)
+        self._active_arenas = [arena for arena, count in positions.items() if count == len(arena.steps)]
 
     def _follow_moves(self, slots: list[Slot]) -> bool:
         """Keep up with parameters whose memory, device or dtype changed. Returns whether there were any."""
-        moved = [
-            slot
-            for slot, param in [
-                (slot, slot.param) for slot in slots
-            ]  # inlined: this runs for every tensor, twice a step
-            if param.data_ptr() != slot.pointer
-            or param.dtype is not slot.dtype
-            or param.is_contiguous() is not slot.contiguous
-        ]
+        addresses = list(map(Tensor.data_ptr, [slot.param for slot in slots]))  # in C: this runs twice a step
+        if addresses == [slot.address for slot in slots]:
+            return False
+        moved = [slot for slot, address in zip(slots, addresses, strict=True) if slot.address != address]
         for slot in moved:
             if slot.param.shape != slot.mean.shape:
                 raise RuntimeError(
@@ -256,7 +254,7 @@ class ParameterStore(Optimizer):
                     f"{tuple(slot.param.shape)} now; build a new optimizer"
                 )
             check_parameter(slot.param, slot.name)
-            slot.remember_storage()
+            slot.address = slot.param.data_ptr()
         elsewhere = [
             slot
             for slot in moved

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 import os
 from array import array
 
@@ -15,6 +16,7 @@ from ivon_kernels.backends.base import Backend, Draw
 
 _ABI = 1
 _MAX_DIMS = 25
+_DTYPE_OF = operator.attrgetter("dtype")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIMD_VARIABLE = "IVON_KERNELS_SIMD"
 SIMD_LEVELS = ("avx512", "avx2", "baseline", "neon")
@@ -145,7 +147,7 @@ class _Table:
         self.slots = slots
         self.rows = array("q", bytes(8 * _WIDTH * len(slots)))
         self.layouts: list[array[int]] = []  # kept alive as long as the rows point to them
-        self.strided = not all(slot.contiguous for slot in slots)
+        self.strided = not all(slot.param.is_contiguous() for slot in slots)
         self.summed = False
         for key in ("param", "mean", "momentum", "hess"):
             self.set(key, [getattr(slot, key).data_ptr() for slot in slots])
@@ -153,7 +155,7 @@ class _Table:
         self.set("noise_tag", [slot.arena.noise_tags[slot.position].data_ptr() for slot in slots])
         self.set("numel", [slot.param.numel() for slot in slots])
         self.set("index", [slot.index for slot in slots])
-        self.set("param_dtype", [_DTYPES[slot.dtype] for slot in slots])
+        self.set("param_dtype", [_DTYPES[slot.param.dtype] for slot in slots])
         self.set_layouts()
 
     def set(self, column: str, values: list[int]) -> None:
@@ -165,11 +167,11 @@ class _Table:
         present = [grad for grad in grads if grad is not None]
         if len(present) == len(grads):  # nearly always; map() keeps the loop in C
             self.set("grad", list(map(torch.Tensor.data_ptr, present)))
-            self.set("grad_dtype", [_DTYPES[grad.dtype] for grad in present])
+            self.set("grad_dtype", list(map(_DTYPES.__getitem__, map(_DTYPE_OF, present))))
         else:
             self.set("grad", [0 if grad is None else grad.data_ptr() for grad in grads])
             self.set("grad_dtype", [0 if grad is None else _DTYPES[grad.dtype] for grad in grads])
-        summed = any(slot.summed for slot in self.slots)
+        summed = True in [slot.summed for slot in self.slots]
         if summed or self.summed:
             self.summed = summed
             sums = [slot.sums for slot in self.slots]
@@ -184,7 +186,7 @@ class _Table:
         self.layouts = []
         pointers = []
         for slot in self.slots:
-            if slot.contiguous and (slot.grad is None or slot.grad.is_contiguous()):
+            if slot.param.is_contiguous() and (slot.grad is None or slot.grad.is_contiguous()):
                 pointers.append(0)
             else:
                 self.layouts.append(_layout(slot))
@@ -248,8 +250,10 @@ class CpuBackend(Backend):
         table: _Table = slots.cache
         if new_grads:
             table.set_grads()
-        table.set("step", [slot.step for slot in slots.slots])
-        scalars = table.scalars() if draw is not None else array("f")
+        scalars = array("f")
+        if draw is not None:
+            table.set("step", [slot.step for slot in slots.slots])
+            scalars = table.scalars()
         seed, sample, replica, step = draw or (0, 0, 0, None)
         call = _Call(
             tensors=table.rows.buffer_info()[0],
