@@ -1,0 +1,208 @@
+"""The C++ backend against the reference: the same bits for every SIMD level, thread count, dtype, stride and tail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ivon_kernels import IVON, available_backends, noise
+from ivon_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(
+    available_backends()["cpu"] is not None, reason=f"the cpu backend is missing: {available_backends()['cpu']}"
+)
+LEVELS = cpu.simd_levels() if available_backends()["cpu"] is None else []
+SIZES = (0, 1, 3, 4, 5, 7, 31, 32, 33, 63, 64, 65, 1023, 1024, 1025, 5000)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = cpu.simd_level()
+    cpu.set_simd_level(request.param)
+    yield request.param
+    cpu.set_simd_level(before)
+
+
+# ---- noise ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("numel", SIZES)
+def test_noise_has_the_bits_of_the_specification(level: str, threads: int, numel: int) -> None:
+    stream: dict[str, Any] = {"seed": 2**64 - 3, "step": 17, "sample": 5, "replica": 3, "param": 2**24 - 1}
+    for start in (0, 1, 2, 3, 1023):
+        drawn = cpu.normals(numel, start=start, threads=threads, **stream)
+        assert torch.equal(drawn.view(torch.int32), noise.normals(numel, start=start, **stream).view(torch.int32))
+
+
+@pytest.mark.parametrize("start", [2**32 - 500, 2**34 - 500, 2**34 - 501, 2**34 - 2049, 2**42 - 1000])
+def test_noise_of_huge_tensors(level: str, start: int) -> None:
+    numel = min(3000, 2**42 - start)
+    drawn = cpu.normals(numel, seed=1, step=noise.EVAL_STEP, start=start, threads=2)
+    assert torch.equal(drawn, noise.normals(numel, seed=1, step=noise.EVAL_STEP, start=start))
+
+
+def test_a_million_normals(level: str) -> None:
+    assert torch.equal(cpu.normals(2**20 + 3, seed=99, step=0), noise.normals(2**20 + 3, seed=99, step=0))
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gradsq": {"hess_approx": "gradsq"},
+    "clipped": {"clip_radius": 0.05, "rescale_lr": False},
+    "no debias": {"debias": False, "weight_decay": 0.0},
+    "one pass": {"sample_in_step": True},
+}
+
+
+def model(dtype: torch.dtype, layout: str) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    tensors = [randn(size) for size in (0, 1, 5, 33, 2053)]
+    image = randn(2, 3, 5, 7)
+    tensors.append(image.to(memory_format=torch.channels_last) if layout == "channels_last" else image)
+    if layout == "strided":  # columns of a wider tensor, a transposed one, an unaligned one
+        tensors += [randn(129, 40)[:, 1:38:3], randn(129, 40).t(), randn(1001)[1:]]
+    return [torch.nn.Parameter(t) for t in tensors]
+
+
+def train(backend: str, dtype: torch.dtype, layout: str, samples: int, variant: dict[str, Any]) -> list[torch.Tensor]:
+    """Six steps with gradients that depend on the weights; returns every tensor of parameters and state."""
+    params = model(dtype, layout)
+    assert layout == "contiguous" or not all(p.is_contiguous() for p in params)
+    half = len(params) // 2
+    groups = [{"params": params[:half]}, {"params": params[half:], "lr": 0.02, "ess": 50.0, "beta2": 0.9}]
+    optimizer = IVON(groups, lr=0.1, ess=200.0, hess_init=0.5, beta2=0.95, seed=13, backend=backend, **variant)
+    for step in range(6):
+        for sample in range(samples):
+            if sample:
+                optimizer.next_sample()
+            optimizer.train()
+            for i, p in enumerate(params):
+                target = p.detach() * 0.7 + 0.01 * (step + i)
+                p.grad = target if p.dim() != 2 else target.t().contiguous().t()
+        optimizer.step()
+    optimizer.eval()
+    result = [p.detach() for p in params]
+    for p in params:
+        result += [optimizer.state[p][key] for key in ("step", "mean", "momentum", "hess")]
+    return result
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_training_has_the_bits_of_the_reference(dtype: torch.dtype, layout: str, samples: int, variant: str) -> None:
+    expected = train("reference", dtype, layout, samples, VARIANTS[variant])
+    actual = train("cpu", dtype, layout, samples, VARIANTS[variant])
+    for left, right in zip(actual, expected, strict=True):
+        assert torch.isfinite(left).all()
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("variant", ["plain", "gradsq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_levels_and_threads_give_the_same_bits(level: str, dtype: torch.dtype, variant: str) -> None:
+    expected = train("reference", dtype, "strided", 2, VARIANTS[variant])
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        for left, right in zip(train("cpu", dtype, "strided", 2, VARIANTS[variant]), expected, strict=True):
+            assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("hess_approx", ["price", "gradsq"])
+def test_update_against_float64(hess_approx: str) -> None:
+    """Tolerance rule: error against float64 at most twice the reference's own."""
+    errors = {}
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(10_000, generator=generator)
+    grads = [torch.randn(10_000, generator=generator) for _ in range(20)]
+    runs = {}
+    for backend, dtype in (("reference", torch.float64), ("reference", torch.float32), ("cpu", torch.float32)):
+        p = torch.nn.Parameter(start.to(dtype, copy=True))
+        optimizer = IVON([p], 0.1, 100.0, 0.5, beta2=0.99, seed=4, backend=backend, hess_approx=hess_approx)
+        for grad in grads:
+            optimizer.train()
+            p.grad = grad.to(dtype)
+            optimizer.step()
+        runs[backend, dtype] = {key: optimizer.state[p][key].double() for key in ("mean", "momentum", "hess")}
+    exact = runs["reference", torch.float64]
+    for key, value in exact.items():
+        for backend in ("reference", "cpu"):
+            errors[backend] = float((runs[backend, torch.float32][key] - value).abs().max())
+        assert errors["cpu"] <= 2 * errors["reference"]
+        assert errors["reference"] < 1e-4 * float(value.abs().max())  # 20 steps of float32 rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_casts_are_torchs(dtype: torch.dtype) -> None:
+    """Every 16-bit pattern read as a gradient, and the rounding of float32 extremes written to a parameter."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    finite = patterns[torch.isfinite(patterns)]
+    p = torch.nn.Parameter(torch.zeros(finite.numel(), dtype=dtype))
+    optimizer = IVON([p], lr=0.0, ess=1.0, beta1=0.0, seed=0, backend="cpu")
+    optimizer.train()
+    p.grad = finite
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["momentum"], finite.float())
+
+    bits = torch.randint(-(2**31), 2**31, (200_000,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    values = bits.view(torch.float32)
+    extremes = torch.tensor([0.0, -0.0, 65504.0, 65519.9, 65520.0, 2.0**-24, 2.0**-25, 3.1e-8, 6.1e-5, 3.4e38, -1e-45])
+    values = torch.cat((values[torch.isfinite(values)], extremes))
+    p = torch.nn.Parameter(torch.zeros(values.numel(), dtype=dtype))
+    optimizer = IVON([p], lr=0.0, ess=1.0, seed=0, backend="cpu")
+    optimizer.train()
+    optimizer.state[p]["mean"].copy_(values)
+    optimizer.eval()
+    assert torch.equal(p.detach().view(torch.int16), values.to(dtype).view(torch.int16))
+
+
+def test_kept_noise_is_never_used_for_another_sample() -> None:
+    """Evaluation samples, another seed or a replayed step in between do not reach the update."""
+    results = []
+    for disturb in (False, True):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 100))
+        optimizer = IVON([p], 0.1, 10.0, seed=1, backend="cpu")
+        for _ in range(3):
+            optimizer.train()
+            if disturb:
+                with optimizer.sampled_params(sample=3):
+                    pass
+                optimizer.eval()
+                optimizer.train()
+            p.grad = torch.ones(100)
+            optimizer.step()
+        results.append(optimizer.state[p]["hess"].clone())
+    assert torch.equal(*results)
+
+
+def test_unknown_simd_level() -> None:
+    with pytest.raises(ValueError, match="avx9000"):
+        cpu.set_simd_level("avx9000")
+
+
+def test_simd_variable_is_honoured_and_checked() -> None:
+    code = "import ivon_kernels as k; from ivon_kernels.backends import cpu; r = k.available_backends()['cpu']; "
+    code += "print(r or cpu.simd_level())"
+    for value, expected in (("baseline" if "baseline" in LEVELS else LEVELS[-1], LEVELS[-1]), ("nonsense", "nonsense")):
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, cpu.SIMD_VARIABLE: value},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert expected in run.stdout
