@@ -45,13 +45,13 @@ class Task:
 
 # How the numbers were found is told in benchmarks/finetune/README.md.
 LAPTOP = Recipe(
-    steps=100,
+    steps=60,
     batch_size=8,
     train_size=200,
-    test_size=200,
-    max_words=16,
+    test_size=120,
+    max_words=12,
     adamw_lr=1e-3,
-    ivon_lr=0.5,
+    ivon_lr=0.7,
     ess=1e6,
     hess_init=1e-3,
 )
