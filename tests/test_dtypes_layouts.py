@@ -245,7 +245,7 @@ def test_a_weight_edited_outside_is_the_new_mean(backend: str, dtype: torch.dtyp
     assert abs(float(params[0][3].detach()) - 2.5) < 0.5
 
 
-@pytest.mark.parametrize("when", ["before evaluation", "between sample and step", "in modes"])
+@pytest.mark.parametrize("when", ["before evaluation", "between sample and step", "in modes", "before saving"])
 def test_an_edit_is_not_lost_at_other_moments(backend: str, when: str) -> None:
     params = parameters(17)
     optimizer = IVON(params, backend=backend, **OPTIONS)
@@ -265,6 +265,9 @@ def test_an_edit_is_not_lost_at_other_moments(backend: str, when: str) -> None:
         edit()
         optimizer.step()
         assert (params[0] - 2.5).abs().max() < 0.5
+    elif when == "before saving":
+        edit()
+        assert torch.equal(optimizer.state_dict()["state"][0]["mean"], torch.full((17,), 2.5))
     else:
         optimizer.train()
         optimizer.eval()

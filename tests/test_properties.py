@@ -158,6 +158,27 @@ def test_hess_stays_positive_under_adversarial_gradients(
         assert p.isfinite().all() and optimizer.state[p]["momentum"].isfinite().all()
 
 
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-4, 0.3])
+@pytest.mark.parametrize("beta2", [0.0, 0.9, 0.999])
+def test_hess_stays_positive_under_the_worst_gradients(backend: str, beta2: float, weight_decay: float) -> None:
+    """The gradient that halves hess + weight_decay, the most that one step can, a hundred times.
+
+    In exact arithmetic it stays positive for ever; in float32 it would reach 0 where it is small beside weight_decay.
+    """
+    p = nn.Parameter(torch.ones(33))
+    optimizer = IVON([p], 0.0, 10.0, 0.5, beta2=beta2, weight_decay=weight_decay, seed=SEED, backend=backend)
+    for step in range(100):
+        hess = optimizer.state[p]["hess"].double()
+        precision = hess + weight_decay
+        estimate = hess - precision / (1 - beta2)
+        optimizer.train()
+        assert p.isfinite().all(), "the sample"
+        p.grad = (estimate / (noise.normals(33, seed=SEED, step=step) * (10.0 * precision).sqrt())).float()
+        optimizer.step()
+        assert (optimizer.state[p]["hess"] + weight_decay > 0).all()
+    assert (optimizer.state[p]["hess"] + weight_decay < 0.01 * (0.5 + weight_decay)).all(), "the gradients are bad"
+
+
 class CallOrders(RuleBasedStateMachine):
     """Any order of calls, made to two optimizers, one by contexts and one by modes, and to the equations in float64."""
 

@@ -163,6 +163,8 @@ def test_a_copy_continues_exactly_and_alone(
 ) -> None:
     optimizer, params = two_groups(backend, dtype)
     train(optimizer, params, 4)
+    with optimizer.sampled_params():
+        pass  # one evaluation sample on: the copy's counter must be, too
     if inside:
         optimizer.train()
     other = duplicate(optimizer)
@@ -178,6 +180,8 @@ def test_a_copy_continues_exactly_and_alone(
     optimizer.discard_samples()
     train(optimizer, params, 3, start=4)
     assert_same(snapshot(optimizer), snapshot(other))
+    with optimizer.sampled_params(), other.sampled_params():
+        assert torch.equal(flat(params), flat(others))
 
 
 def test_deepcopy_of_model_and_optimizer_together_keeps_them_together(backend: str) -> None:
