@@ -15,6 +15,7 @@ from ivon_kernels import IVON
 Step = Callable[[], None]
 IVON_ARGS: dict[str, Any] = {"lr": 1e-3, "ess": 1e6, "hess_init": 1e-2}
 BASELINE = "AdamW (fused)"
+REFERENCE = "ivon_kernels, reference backend"
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ CONTENDERS = (
     Contender("ivon_kernels, context + step", _context),
     Contender("AdamW (foreach)", _adamw(foreach=True)),
     Contender("AdamW (loop)", _adamw(foreach=False, fused=False)),
-    Contender("ivon_kernels, reference backend", _modes("reference", one_pass=False), turns=1),
+    Contender(REFERENCE, _modes("reference", one_pass=False), turns=1),
     Contender("ivon-opt 0.1.3", _ivon_opt),
 )
 OURS = "ivon_kernels, sample + step"

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.speed.contenders import BASELINE
+from benchmarks.speed.contenders import BASELINE, REFERENCE
 from benchmarks.speed.measure import Timing
 
 OUR_COLOR, PEER_COLOR, BASELINE_COLOR = "#dd8452", "#9aa5b1", "#4c72b0"
@@ -49,23 +49,28 @@ def print_targets(console: Console, targets: list[dict[str, Any]]) -> None:
 
 
 def plot(path: Path, workloads: dict[str, list[Timing]], scaling: list[dict[str, float]]) -> None:
-    """Bars of each workload's step times against fused AdamW, and time against elements."""
-    figure, axes = plt.subplots(1, len(workloads) + 1, figsize=(4.2 * (len(workloads) + 1), 4.2), layout="constrained")
-    names = [t.name for t in next(iter(workloads.values()))]
-    for axis, (title, timings) in zip(axes, workloads.items(), strict=False):
-        ratios = [t.ratio or float("nan") for t in timings]
+    """Each workload's step times against fused AdamW (the reference backend aside), and time against elements."""
+    columns = 3
+    rows = -(-(len(workloads) + 1) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(13, 3.4 * rows), layout="constrained")
+    axes = list(grid.flat)
+    for number, (title, timings) in enumerate(workloads.items()):
+        axis = axes[number]
+        shown = [t for t in timings if t.ratio is not None and t.name != REFERENCE]
+        names, ratios = [t.name for t in shown], [t.ratio or 0.0 for t in shown]
         colors = [BASELINE_COLOR if n == BASELINE else OUR_COLOR if "ivon_kernels" in n else PEER_COLOR for n in names]
         bars = axis.barh(names, ratios, color=colors)
         axis.bar_label(bars, [f"{ratio:.2f}x" for ratio in ratios], padding=3, fontsize=8)
         axis.axvline(1.0, color=BASELINE_COLOR, linewidth=1, linestyle="--")
-        axis.set_xscale("log")
-        axis.set_xlim(0.05, 4 * max(ratio for ratio in ratios if ratio == ratio))
-        axis.set_title(title, fontsize=9)
+        axis.set_xlim(0, 1.18 * max(ratios))
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("time of one step / AdamW (fused)", fontsize=8)
         axis.invert_yaxis()
-        if axis is not axes[0]:
+        if number % columns:
             axis.set_yticklabels([])
-    axis = axes[-1]
+    for axis in axes[len(workloads) + 1 :]:
+        axis.set_axis_off()
+    axis = axes[len(workloads)]
     if scaling:
         axis.loglog([row["elements"] for row in scaling], [row["ms"] for row in scaling], "o-", color=OUR_COLOR)
     axis.set_title("ivon_kernels, sample + step, one tensor", fontsize=9)
