@@ -79,12 +79,17 @@ class Slot:
 
     def __post_init__(self) -> None:
         self.mean, self.momentum, self.hess = (self.view(getattr(self.arena, key)) for key in STATE_KEYS)
-        self.address = self.param.data_ptr()
+        self.remember_storage()
 
     def view(self, flat: Tensor) -> Tensor:
         """This parameter's part of an arena tensor, in its shape."""
         offset = self.arena.offsets[self.position]
         return flat[offset : offset + self.param.numel()].view(self.param.shape)
+
+    def remember_storage(self) -> None:
+        """Note where the parameter's memory is and how it is laid out."""
+        self.address = self.param.data_ptr()
+        self.strides = self.param.stride()
 
     @property
     def noise(self) -> Tensor | None:

@@ -72,7 +72,7 @@ class Engine(ParameterStore):
 
     def _catch_up(self) -> None:
         """Follow parameters that moved since they were sampled."""
-        if self._follow_moves(self._active_slots):
+        if self._follow_moves(self._active_slots, restrided=False):
             self._activate([self._slots[slot.param] for slot in self._active_slots])
 
     # ---- the samples of a step -----------------------------------------------------------------------------------

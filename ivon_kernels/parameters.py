@@ -241,12 +241,20 @@ class ParameterStore(Optimizer):
         positions = Counter(slot.arena for slot in slots)
         self._active_arenas = [arena for arena, count in positions.items() if count == len(arena.steps)]
 
-    def _follow_moves(self, slots: list[Slot]) -> bool:
-        """Keep up with parameters whose memory, device or dtype changed. Returns whether there were any."""
-        addresses = list(map(Tensor.data_ptr, [slot.param for slot in slots]))  # in C: this runs twice a step
-        if addresses == [slot.address for slot in slots]:
+    def _follow_moves(self, slots: list[Slot], *, restrided: bool = True) -> bool:
+        """Keep up with parameters whose memory, strides, device or dtype changed. Returns whether there were any.
+
+        Without `restrided` a change of strides in the same memory is not looked for: it would have to happen to
+        ``p.data`` between a sample and its step.
+        """
+        params = [slot.param for slot in slots]
+        addresses = list(map(Tensor.data_ptr, params))  # map() keeps the loops in C: this runs twice a step
+        strides = list(map(Tensor.stride, params)) if restrided else []
+        if addresses == [slot.address for slot in slots] and (
+            not restrided or strides == [slot.strides for slot in slots]
+        ):
             return False
-        moved = [slot for slot, address in zip(slots, addresses, strict=True) if slot.address != address]
+        moved = [slot for slot in slots if (slot.param.data_ptr(), slot.param.stride()) != (slot.address, slot.strides)]
         for slot in moved:
             if slot.param.shape != slot.mean.shape:
                 raise RuntimeError(
@@ -254,7 +262,7 @@ class ParameterStore(Optimizer):
                     f"{tuple(slot.param.shape)} now; build a new optimizer"
                 )
             check_parameter(slot.param, slot.name)
-            slot.address = slot.param.data_ptr()
+            slot.remember_storage()
         elsewhere = [
             slot
             for slot in moved
