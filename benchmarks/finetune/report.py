@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.environment import environment
 from benchmarks.finetune.evaluate import BINS, Reliability, Scores
 
 PACKAGES = ("torch", "transformers", "peft", "torchmetrics", "scikit-learn", "numpy", "ivon-kernels")
@@ -58,32 +55,8 @@ def print_table(console: Console, rows: list[Row], *, title: str, examples: int)
 
 def write_results(path: Path, results: dict[str, Any], rows: list[Row]) -> None:
     """Writes `results.json`: `results`, one entry per row, and what the run ran on."""
-    environment = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
-    content = {**results, "rows": [asdict(row) for row in rows], "environment": environment}
+    content = {**results, "rows": [asdict(row) for row in rows], "environment": environment(PACKAGES)}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with `-dirty` after local changes; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def draw_reliability(path: Path, rows: list[Row], *, title: str) -> None:
