@@ -189,25 +189,6 @@ def test_kept_noise_is_never_used_for_another_sample() -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_new_strides_in_the_same_memory_are_noticed(backend: str) -> None:
-    start = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
-    trajectories = []
-    for restride in (False, True):
-        p = torch.nn.Parameter(start.clone())
-        optimizer = IVON([p], 0.1, 100.0, seed=1, backend=backend)
-        for step in range(4):
-            if restride and step == 2:
-                values = p.detach().clone()
-                p.data = p.data.t()
-                p.data.copy_(values)
-            optimizer.train()
-            p.grad = p.detach() * 0.5
-            optimizer.step()
-        trajectories.append(p.detach().clone())
-    assert torch.equal(*trajectories)
-
-
 def test_unknown_simd_level() -> None:
     with pytest.raises(ValueError, match="avx9000"):
         cpu.set_simd_level("avx9000")

@@ -147,6 +147,21 @@ def test_a_parameter_whose_storage_moved_is_followed(backend: str) -> None:
     assert_same(snapshot(expected), snapshot(optimizer))
 
 
+def test_a_parameter_whose_strides_changed_in_place_is_followed(backend: str) -> None:
+    """Another view of the same memory: neither the pointer nor contiguity tells, only the strides do."""
+    values = parameters((4, 4, 4))[0].detach()
+    expected = nn.Parameter(values.clone())
+    moving = nn.Parameter(values.permute(1, 0, 2).contiguous().permute(1, 0, 2))
+    optimizers = [IVON([p], backend=backend, seed=1, **OPTIONS) for p in (expected, moving)]
+    train(optimizers[0], [expected], 3)
+    train(optimizers[1], [moving], 1)
+    mean = moving.detach().clone()
+    moving.data = moving.data.permute(1, 0, 2).permute(2, 1, 0).copy_(mean)
+    assert moving.stride() == (1, 4, 16)
+    train(optimizers[1], [moving], 2, start=1)
+    assert torch.equal(moving, expected)
+
+
 def test_a_parameter_set_to_new_data_starts_from_it(backend: str) -> None:
     optimizer, params = two_groups(backend)
     train(optimizer, params, 2)
