@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ivon_kernels.pointers import Pointers
+
 if TYPE_CHECKING:
-    from ivon_kernels.backends.base import Backend, StepScalars
+    from ivon_kernels.backends.base import Backend
+    from ivon_kernels.backends.device import Control
+    from ivon_kernels.hyperparameters import Rows
 
 STATE_KEYS = ("mean", "momentum", "hess")
 _ALIGNMENT = 16  # elements: every view starts on a 64-byte boundary of its arena
@@ -26,7 +30,8 @@ class Arena:
 
     Attributes:
         mean, momentum, hess: ``[total]``, float32 or float64.
-        steps: int64 ``[parameters]`` on the CPU: finished updates of each parameter.
+        steps: int64 ``[parameters]`` on the same device: finished updates of each parameter. The backends count them.
+        control: What kernels share on this device, for backends that decide there whether a step is taken.
         noise: float32 ``[total]`` or None: the normals of the last training sample, for backends that keep them.
         noise_tags: int64 ``[parameters, 4]``: whose it is (seed, step, sample, replica).
         grad_sum, second_sum: ``[total]`` or None; sums over finished MC samples, made when a second sample is drawn.
@@ -41,7 +46,8 @@ class Arena:
         self.mean = torch.zeros(total, device=device, dtype=dtype)
         self.momentum = torch.zeros_like(self.mean)
         self.hess = torch.zeros_like(self.mean)
-        self.steps = torch.zeros(len(sizes), dtype=torch.int64)
+        self.steps = torch.zeros(len(sizes), device=device, dtype=torch.int64)
+        self.control: Control | None = None
         self.noise = torch.empty(total, device=device) if keep_noise else None
         self.noise_tags = torch.full((len(sizes), 4), -1, dtype=torch.int64)
         self.grad_sum: Tensor | None = None
@@ -72,9 +78,7 @@ class Slot:
     mean: Tensor = field(init=False)
     momentum: Tensor = field(init=False)
     hess: Tensor = field(init=False)
-    step: int = 0  # finished updates; mirrored in arena.steps
-    grad: Tensor | None = None  # set for the duration of an accumulate or step
-    scalars: StepScalars | None = None  # likewise
+    grad: Tensor | None = None  # set for an accumulate or step where `pointers` do not do
     summed: bool = False  # grad_sum and second_sum hold earlier MC samples of this step
 
     def __post_init__(self) -> None:
@@ -86,10 +90,19 @@ class Slot:
         offset = self.arena.offsets[self.position]
         return flat[offset : offset + self.param.numel()].view(self.param.shape)
 
+    def moved(self) -> bool:
+        """Whether the parameter's memory or its strides changed."""
+        return (self.param.data_ptr(), self.param.stride()) != (self.address, self.strides)
+
     def remember_storage(self) -> None:
         """Note where the parameter's memory is and how it is laid out."""
         self.address = self.param.data_ptr()
         self.strides = self.param.stride()
+
+    @property
+    def step(self) -> int:
+        """Finished updates. Waits for the device that counts them."""
+        return int(self.arena.steps[self.position])
 
     @property
     def noise(self) -> Tensor | None:
@@ -106,16 +119,14 @@ class Slot:
 
     def set_state(self, saved: Mapping[str, Any] | None, hess_init: float) -> None:
         """Copy a saved state, or start from the parameter as it is."""
+        self.arena.steps[self.position] = 0 if saved is None else int(saved["step"])
         if saved is None:
-            self.step = 0
             self.mean.copy_(self.param.detach())
             self.momentum.zero_()
             self.hess.fill_(hess_init)
         else:
-            self.step = int(saved["step"])
             for key in STATE_KEYS:
                 getattr(self, key).copy_(saved[key])
-        self.arena.steps[self.position] = self.step
 
     def state(self) -> dict[str, Any]:
         """What ``optimizer.state[param]`` holds."""
@@ -130,16 +141,33 @@ class Slot:
 
 
 class SlotList:
-    """The slots of one launch; a backend keeps what it derives from them in `cache`."""
+    """The slots of one launch.
 
-    def __init__(self, slots: list[Slot]) -> None:
+    Attributes:
+        slots: All on one device.
+        pointers: Where their parameters and gradients are, for compiled backends; None where the slots say it.
+        rows: The parameter groups' scalars of this launch.
+        summed: Whether any slot's sums hold earlier MC samples of this step.
+        cache: What a backend derives from the slots.
+    """
+
+    def __init__(self, slots: list[Slot], pointers: bool, rows: Rows) -> None:
         self.slots = slots
+        self.pointers = Pointers([slot.param for slot in slots]) if pointers else None
+        self.rows = rows
+        self.summed = False
         self.cache: Any = None
 
+    def moved(self) -> bool:
+        """Whether a parameter's memory, strides, dtype or ``requires_grad`` changed since the list was made."""
+        if self.pointers is not None:
+            return self.pointers.moved()
+        return any(slot.moved() or not slot.param.requires_grad for slot in self.slots)
 
-def by_backend(slots: list[Slot]) -> list[tuple[Backend, SlotList]]:
-    """Split slots into one list per backend, order kept."""
-    lists: dict[Backend, list[Slot]] = {}
+
+def by_backend(slots: list[Slot], rows: Rows) -> list[tuple[Backend, SlotList]]:
+    """Split slots into one list per backend and device, order kept."""
+    lists: dict[tuple[Backend, torch.device], list[Slot]] = {}
     for slot in slots:
-        lists.setdefault(slot.backend, []).append(slot)
-    return [(backend, SlotList(part)) for backend, part in lists.items()]
+        lists.setdefault((slot.backend, slot.mean.device), []).append(slot)
+    return [(backend, SlotList(part, backend.compiled, rows)) for (backend, _), part in lists.items()]

@@ -92,7 +92,7 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]], names:
             f"{[len(group['params']) for group in param_groups]}"
         )
     for saved, own in zip(saved_groups, param_groups, strict=True):
-        missing = [key for key in own if key not in saved and key not in ("params", "param_names")]
+        missing = [key for key in own if key not in saved and key not in ("params", "param_names", "capturable")]
         if missing:
             raise ValueError(f"the state dict's parameter groups lack {missing}: it was saved by another optimizer")
         hyperparameters.validate(saved, "a saved parameter group")

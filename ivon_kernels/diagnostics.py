@@ -30,7 +30,7 @@ def summarize(group: dict[str, Any], slots: list[Slot]) -> dict[str, Any]:
     if not slots:
         return {"elements": 0, "steps": 0}
     mean, momentum, hess = (_flat(slots, key) for key in ("mean", "momentum", "hess"))
-    scalars = [step_scalars(group, max(slot.step - 1, 0), 1.0, 1) for slot in slots]
+    scalars = [step_scalars(group, max(slot.step - 1, 0)) for slot in slots]
     inv_debias = torch.cat(
         [mean.new_full((s.param.numel(),), k.inv_debias) for s, k in zip(slots, scalars, strict=True)]
     )

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from ivon_kernels import distributed
 from ivon_kernels.backends import Draw
-from ivon_kernels.engine import Engine
+from ivon_kernels.engine import Engine, Launches
 from ivon_kernels.gradients import NonFiniteGradientError
 from ivon_kernels.noise import EVAL_STEP
 
@@ -21,6 +22,9 @@ __all__ = ["IVON"]
 
 _MAX_SAMPLES = 2**16
 Closure = Callable[[], Any]
+
+# Under torch.compile the public methods are graph breaks, as those of torch's own optimizers: there is nothing to trace
+# in one call of a compiled kernel, and a count or an address that changed must not recompile anything.
 
 
 class IVON(Engine):
@@ -62,13 +66,18 @@ class IVON(Engine):
         rescale_lr: Multiply ``lr`` by ``hess_init + weight_decay``.
         seed: 64-bit seed of the noise. None takes ``torch.initial_seed()``, so that ``torch.manual_seed`` governs it;
             two optimizers then share their noise. The global generator is never advanced.
-        backend: ``"reference"``, ``"cpu"``, or None for the fastest that takes each parameter.
+        backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest for each parameter.
         nonfinite: What a gradient with inf or nan does at the step: ``"raise"`` :class:`NonFiniteGradientError`, or
-            ``"skip"`` the step and count it in :attr:`skipped_steps`. Either way the state is unchanged.
+            ``"skip"`` the step and count it in :attr:`skipped_steps`. Either way the state is unchanged. On a GPU the
+            device skips the step and the host learns of it without waiting, so the error may come a few steps later,
+            from the next :meth:`step` after. ``"ignore"`` saves reading the gradients twice: such a gradient then
+            spoils the weights, as with torch's own optimizers (a GradScaler's overflow check still counts).
         sample_in_step: In train mode, let :meth:`step` write the next sample into the weights in the same pass.
             Call :meth:`eval` before reading or saving the weights.
+        capturable: Let a CUDA graph capture the training step: ``lr`` becomes a float64 tensor on the device, which
+            schedulers of torch fill in place, and every replay draws fresh noise. Needs ``"triton"`` or ``"cuda"``.
 
-    Parameter groups may override every hyperparameter but `mc_samples`, `sync` and `seed`.
+    Parameter groups may override every hyperparameter but `mc_samples`, `sync`, `seed` and `capturable`.
 
     Raises:
         ValueError, TypeError: For a hyperparameter or parameter that cannot be used, saying which and why.
@@ -93,18 +102,18 @@ class IVON(Engine):
         *,
         seed: int | None = None,
         backend: str | None = None,
-        nonfinite: Literal["raise", "skip"] = "raise",
+        nonfinite: Literal["raise", "skip", "ignore"] = "raise",
         sample_in_step: bool = False,
+        capturable: bool = False,
     ) -> None:
         if not isinstance(mc_samples, int) or not 1 <= mc_samples <= _MAX_SAMPLES:
             raise ValueError(f"mc_samples must be a whole number from 1 to {_MAX_SAMPLES}, got {mc_samples!r}")
         if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
             raise ValueError(f"seed must be a whole number in [0, 2^64) or None, got {seed!r}")
-        if nonfinite not in ("raise", "skip"):
-            raise ValueError(f"nonfinite must be 'raise' or 'skip', got {nonfinite!r}")
+        if nonfinite not in ("raise", "skip", "ignore"):
+            raise ValueError(f"nonfinite must be 'raise', 'skip' or 'ignore', got {nonfinite!r}")
         self.nonfinite = nonfinite
         self.sample_in_step = sample_in_step
-        self.skipped_steps = 0
         self._mode = False  # train() was called last, not eval()
         self._in_closure = False
         self._eval_samples = 0
@@ -121,6 +130,7 @@ class IVON(Engine):
             "rescale_lr": rescale_lr,
             "mc_samples": mc_samples,
             "sync": sync,
+            "capturable": capturable,
             "seed": distributed.agree_on_seed(seed),
         }
         super().__init__(params, defaults, backend)
@@ -192,45 +202,66 @@ class IVON(Engine):
             RuntimeError: If ``train=True`` and a sample is in the weights already.
         """
         if train:
-            if sample is not None:
-                raise ValueError("sample= chooses an evaluation sample; training samples are counted by the step")
-            yield from self._train_block()
+            drawn = self._enter_train_block(sample)
+            try:
+                yield
+            except BaseException:
+                self._leave_train_block(drawn, failed=True)
+                raise
+            self._leave_train_block(drawn)
         else:
-            if sample is None:
-                sample = self._eval_samples
-                self._eval_samples = (self._eval_samples + 1) % _MAX_SAMPLES
-            if not 0 <= sample < _MAX_SAMPLES:
-                raise ValueError(f"sample must be in [0, {_MAX_SAMPLES}), got {sample}")
-            outer = self._held
-            self._put(Draw(self.seed, sample, step=EVAL_STEP))
+            outer = self._enter_evaluation(sample)
             try:
                 yield
             finally:
-                if outer is None:
-                    self._restore()
-                else:
-                    self._put(outer)
+                self._leave_evaluation(outer)
 
-    def _train_block(self) -> Iterator[None]:
+    @_disable_dynamo
+    def _enter_train_block(self, sample: int | None) -> int:
+        """Returns how many samples were drawn, this one included; 0 in a closure."""
+        if sample is not None:
+            raise ValueError("sample= chooses an evaluation sample; training samples are counted by the step")
         if self._in_closure:  # step(closure) holds the sample; ivon-opt's closures enter the context themselves
-            yield
-            return
+            return 0
         if self._held is not None:
             raise RuntimeError(
                 "sampled_params(train=True) inside a sample: leave the other block, or call optimizer.eval() if "
                 "optimizer.train() put it there"
             )
         self._begin_sample()
-        drawn = self._samples.count
-        try:
-            yield
-        except BaseException:
+        return self._samples.count
+
+    @_disable_dynamo
+    def _leave_train_block(self, drawn: int, failed: bool = False) -> None:
+        if drawn == 0:
+            return
+        if failed:
             self._abort_sample()
-            raise
+            return
         self._restore()
         if self._samples.count == drawn:  # else the block took the step itself
             self._samples.close(self._active_slots)
 
+    @_disable_dynamo
+    def _enter_evaluation(self, sample: int | None) -> Draw | None:
+        """Returns what the weights held before."""
+        if sample is None:
+            sample = self._eval_samples
+            self._eval_samples = (self._eval_samples + 1) % _MAX_SAMPLES
+        if not 0 <= sample < _MAX_SAMPLES:
+            raise ValueError(f"sample must be in [0, {_MAX_SAMPLES}), got {sample}")
+        outer = self._held
+        self._put(Draw(self.seed, sample, step=EVAL_STEP))
+        return outer
+
+    @_disable_dynamo
+    def _leave_evaluation(self, outer: Draw | None) -> None:
+        if outer is None:
+            self._restore()
+        else:
+            self._put(outer)
+
+    @_disable_dynamo
     def train(self) -> None:
         """Put the sample of the coming step into the weights; free if it is there already.
 
@@ -245,11 +276,13 @@ class IVON(Engine):
             else:
                 self._begin_sample()
 
+    @_disable_dynamo
     def eval(self) -> None:
         """Restore the mean; :meth:`train` puts the same sample back if the step has not been taken."""
         self._mode = False
         self._restore()
 
+    @_disable_dynamo
     def next_sample(self) -> None:
         """Finish this Monte-Carlo sample of the coming step and put the next one into the weights (train mode).
 
@@ -262,17 +295,20 @@ class IVON(Engine):
         self._mode = True
         self._begin_sample()
 
+    @_disable_dynamo
     def discard_samples(self) -> None:
         """Forget the unfinished step and restore the mean; the next sample is the first one of this step again."""
         self._restore()
         self._forget_samples()
 
+    @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in every torch optimizer; the gradient of a finished `sampled_params` block still counts."""
         if not set_to_none and self._held is None:
             self._fold()
         super().zero_grad(set_to_none)
 
+    @_disable_dynamo
     def step(self, closure: Closure | None = None) -> Any:
         """Update the posterior from the gradients of the samples drawn since the last step; the weights get the mean.
 
@@ -291,6 +327,7 @@ class IVON(Engine):
                 Under a GradScaler such steps are skipped instead.
         """
         self._require_no_evaluation("step()")
+        self._raise_reported()
         draw_next = self.sample_in_step and self._mode and self._held is not None
         loss = None if closure is None else self._run_closure(closure)
         if not self._samples.count:
@@ -298,21 +335,46 @@ class IVON(Engine):
                 "step() without a sample: run forward and backward inside 'with optimizer.sampled_params(train=True)', "
                 "or call optimizer.train() before the forward pass"
             )
-        amp_scale, overflow = self._amp()
+        found_inf, grad_scale = self._scaler_flags()
         launches = self._gather()
+        if self._on_device:
+            self._update_on_device(launches, draw_next, found_inf, grad_scale)
+            self._raise_reported()
+        else:
+            self._step_on_host(launches, draw_next, found_inf, grad_scale)
+        return loss
+
+    def _step_on_host(
+        self, launches: Launches, draw_next: bool, found_inf: Tensor | None, grad_scale: Tensor | None
+    ) -> None:
         bad = self._find_nonfinite(launches)
-        if bad is not None and self.nonfinite == "raise" and amp_scale is None:
+        if bad is not None and self.nonfinite == "raise" and found_inf is None:
             self.discard_samples()
-            raise NonFiniteGradientError(
-                f"the gradient of {bad} holds inf or nan; the step was not taken and nothing was changed "
-                "(nonfinite='skip' skips such steps)"
-            )
-        if overflow or bad is not None:
-            self.skipped_steps += 1
+            raise self._nonfinite_error(bad, "the step was not taken")
+        if bad is not None or (found_inf is not None and bool(found_inf)):
+            self._skipped += 1
             self._skip(keep_sample=draw_next)
         else:
-            self._update(launches, amp_scale or 1.0, draw_next)
-        return loss
+            self._update(launches, 1.0 if grad_scale is None else float(grad_scale), draw_next)
+
+    @staticmethod
+    def _nonfinite_error(name: str, consequence: str) -> NonFiniteGradientError:
+        return NonFiniteGradientError(
+            f"the gradient of {name} holds inf or nan; {consequence} and nothing was changed "
+            "(nonfinite='skip' skips such steps)"
+        )
+
+    def _raise_reported(self) -> None:
+        """Raise if a device has skipped a step since the last look, for a gradient that is not finite.
+
+        The host does not wait for the device, so it may learn of it a step or more later.
+        """
+        for control in self._controls.values():
+            index = control.new_report()
+            if index is not None:
+                self.discard_samples()
+                name = next((slot.name for slot in self._ordered if slot.index == index), f"parameter {index}")
+                raise self._nonfinite_error(name, "the device did not take that step")
 
     def _run_closure(self, closure: Closure) -> Any:
         losses = []
@@ -330,18 +392,16 @@ class IVON(Engine):
             self._in_closure = False
         return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
 
-    def _amp(self) -> tuple[float | None, bool]:
-        """Loss scale that the gradients carry (None without a GradScaler), and whether the scaler saw an overflow."""
+    def _scaler_flags(self) -> tuple[Tensor | None, Tensor | None]:
+        """What a GradScaler left here: whether it saw an overflow, and the scale that the gradients still carry."""
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if found_inf is None:
-            return None, False
-        if grad_scale is None and self._samples.folded:
+        if found_inf is not None and grad_scale is None and self._samples.folded:
             raise RuntimeError(
                 "GradScaler.unscale_ unscales the last MC sample only; with several samples per step call "
                 "scaler.step(optimizer) without unscale_"
             )
-        return 1.0 if grad_scale is None else float(grad_scale), bool(found_inf)
+        return found_inf, grad_scale if found_inf is not None else None
 
     def _require_no_evaluation(self, call: str) -> None:
         if self._held is not None and self._held.step == EVAL_STEP:

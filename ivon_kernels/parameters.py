@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +12,12 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ivon_kernels import checkpoint, diagnostics, hyperparameters
-from ivon_kernels.arena import Arena, Slot, by_backend, state_dtype
-from ivon_kernels.backends import Draw, choose
+from ivon_kernels.arena import Arena, Slot, SlotList, by_backend, state_dtype
+from ivon_kernels.backends import Backend, Control, Draw, choose
 from ivon_kernels.gradients import Samples, check_parameter
+from ivon_kernels.hyperparameters import Rows
 
+_MAX_SUBSETS = 64  # of the active slots, which models that leave parameters unused have
 _Place = tuple[Tensor, int, int]  # parameter, its group, its index among all parameters
 
 
@@ -24,15 +25,23 @@ class ParameterStore(Optimizer):
     """Everything of the optimizer that users do not call: see :class:`ivon_kernels.IVON`."""
 
     _step_supports_amp_scaling = True
+    nonfinite: Literal["raise", "skip", "ignore"]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         self._backend_name = backend
         self._slots: dict[Tensor, Slot] = {}
         self._ordered: list[Slot] = []  # all slots, in the parameters' order
         self._stateless: list[_Place] = []  # frozen parameters
+        self._rows = Rows()
+        self._controls: dict[torch.device, Control] = {}
+        self._lr: dict[int, Tensor] = {}  # learning rate of each group, with capturable
+        self._stale = False  # the active slots have to be chosen again
+        self._grads_in_slots = False
+        self._frozen: list[Slot] = []  # slots of parameters that were trained and are frozen now
         self._activate([])
         self._samples = Samples()
         self._held: Draw | None = None  # the sample in the weights; None: the mean
+        self._skipped = 0  # steps that the host skipped
         self._loading: dict[str, Any] | None = None  # the state dict that load_state_dict is taking over
         super().__init__(params, defaults)
 
@@ -51,6 +60,16 @@ class ParameterStore(Optimizer):
             f"{slot.param.device}/{str(slot.param.dtype).removeprefix('torch.')}": slot.backend.name
             for slot in self._slots.values()
         }
+
+    @property
+    def sync(self) -> bool:
+        """Whether every rank draws noise of its own."""
+        return bool(self.param_groups) and bool(self.param_groups[0]["sync"])
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps not taken, because of a GradScaler or with ``nonfinite="skip"``. Waits for devices that count them."""
+        return self._skipped + sum(control.skipped() for control in self._controls.values())
 
     def diagnostics(self) -> list[dict[str, Any]]:
         """Whether training changes anything, one dict per parameter group.
@@ -89,6 +108,7 @@ class ParameterStore(Optimizer):
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
+        self._hold_lr()
         self._place([place for place in self._places() if self._needs_state(place[0])], {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,6 +148,7 @@ class ParameterStore(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key in self._plain_attributes()}
+        own["_skipped"] = self.skipped_steps
         sums = {slot.index: slot.sums for slot in self._slots.values() if slot.sums is not None}
         samples = (self._samples.count, self._samples.folded, self._samples.nonfinite)
         active = [slot.index for slot in self._active_slots]
@@ -143,6 +164,8 @@ class ParameterStore(Optimizer):
         own, (count, folded, nonfinite), sums, active = restored
         self.__dict__.update(own)
         self._slots, self._ordered, self._loading = {}, [], None
+        self._rows, self._controls, self._lr, self._grads_in_slots, self._frozen = Rows(), {}, {}, False, []
+        self._hold_lr()
         self._samples = Samples(count, folded, nonfinite)
         self._set_state(dict(self.state))
         slots = {slot.index: slot for slot in self._slots.values()}
@@ -161,8 +184,13 @@ class ParameterStore(Optimizer):
         assert self._loading is not None
         saved = checkpoint.by_parameter(self._loading, self.param_groups)
         self._samples, self._held = Samples(), None
+        for group in self.param_groups:
+            if not self.defaults["capturable"] and group.get("capturable"):
+                group["lr"] = float(group["lr"])
+            group["capturable"] = self.defaults["capturable"]  # how the optimizer runs, not what it has learned
+        self._hold_lr()
         self._set_state(saved)
-        for backend, slots in by_backend([self._slots[param] for param in saved]):
+        for backend, slots in by_backend([self._slots[param] for param in saved], self._rows):
             backend.restore(slots)
         increment_version(list(saved))
 
@@ -171,13 +199,34 @@ class ParameterStore(Optimizer):
         return (
             "nonfinite",
             "sample_in_step",
-            "skipped_steps",
             "_mode",
             "_in_closure",
             "_eval_samples",
             "_backend_name",
             "_held",
         )
+
+    def _hold_lr(self) -> None:
+        """Keep each group's learning rate in the float64 tensor that captured graphs read (``capturable=True``).
+
+        Schedulers of torch fill such a tensor in place; one that assigns a number is followed at the next sample.
+        """
+        if not self.defaults["capturable"]:
+            return
+        for number, group in enumerate(self.param_groups):
+            held = self._lr.get(number)
+            devices = {param.device for param in group["params"]}
+            if len(devices) > 1:
+                raise ValueError(f"capturable=True needs parameter group {number} on one device, it is on {devices}")
+            device = devices.pop() if devices else torch.device("cpu")
+            if group["lr"] is held and held.device == device:
+                continue
+            value = float(group["lr"])
+            if held is None or held.device != device:
+                held = torch.tensor(value, dtype=torch.float64, device=device)
+            else:
+                held.fill_(value)
+            self._lr[number] = group["lr"] = held
 
     # ---- parameters and state ----------------------------------------------------------------------------------------
 
@@ -214,6 +263,8 @@ class ParameterStore(Optimizer):
                 backends = [choose(self._backend_name, param.device, param.dtype) for param, _, _ in bucket]
                 keep_noise = any(backend.keeps_noise for backend in backends)
                 arena = Arena([param.numel() for param, _, _ in bucket], device, dtype, keep_noise)
+                if any(backend.on_device for backend in backends):
+                    arena.control = self._controls.setdefault(device, Control(device))
                 for position, ((param, number, index), backend) in enumerate(zip(bucket, backends, strict=True)):
                     slot = Slot(param, names[param], index, number, backend, arena, position)
                     slot.set_state(saved.get(param), float(self.param_groups[number]["hess_init"]))
@@ -221,6 +272,7 @@ class ParameterStore(Optimizer):
                     self.state[param] = slot.state()
         self._ordered = sorted(self._slots.values(), key=lambda slot: slot.index)
         self._stateless = [place for place in self._places() if place[0] not in self._slots]
+        self._stale = True
 
     def _set_state(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """The state of all parameters: from `saved` where it has some, initial for other trainable ones."""
@@ -236,25 +288,27 @@ class ParameterStore(Optimizer):
     def _activate(self, slots: list[Slot]) -> None:
         """Make these the slots whose weights are sampled."""
         self._active_slots = slots
-        self._active = by_backend(slots)
+        self._active = by_backend(slots, self._rows)
         self._active_params = [slot.param for slot in slots]
-        positions = Counter(slot.arena for slot in slots)
-        self._active_arenas = [arena for arena, count in positions.items() if count == len(arena.steps)]
+        # With sync=True the ranks have to agree on whether to step, so the host decides.
+        self._on_device = bool(slots) and all(backend.on_device for backend, _ in self._active) and not self.sync
+        self._on_cuda = self._on_device and slots[0].param.is_cuda
+        self._subsets: dict[tuple[int, ...], list[tuple[Backend, SlotList]]] = {}
 
-    def _follow_moves(self, slots: list[Slot], *, restrided: bool = True) -> bool:
-        """Keep up with parameters whose memory, strides, device or dtype changed. Returns whether there were any.
+    def _launches(self, slots: list[Slot]) -> list[tuple[Backend, SlotList]]:
+        """The launches of some of the active slots; lists that were needed before are found again."""
+        if len(slots) == len(self._active_slots):
+            return self._active
+        key = tuple(slot.index for slot in slots)
+        if key not in self._subsets:
+            if len(self._subsets) == _MAX_SUBSETS:
+                self._subsets.clear()
+            self._subsets[key] = by_backend(slots, self._rows)
+        return self._subsets[key]
 
-        Without `restrided` a change of strides in the same memory is not looked for: it would have to happen to
-        ``p.data`` between a sample and its step.
-        """
-        params = [slot.param for slot in slots]
-        addresses = list(map(Tensor.data_ptr, params))  # map() keeps the loops in C: this runs twice a step
-        strides = list(map(Tensor.stride, params)) if restrided else []
-        if addresses == [slot.address for slot in slots] and (
-            not restrided or strides == [slot.strides for slot in slots]
-        ):
-            return False
-        moved = [slot for slot in slots if (slot.param.data_ptr(), slot.param.stride()) != (slot.address, slot.strides)]
+    def _follow_moves(self, slots: list[Slot]) -> bool:
+        """Keep up with parameters whose memory, strides, device or dtype changed. Returns whether there were any."""
+        moved = [slot for slot in slots if slot.moved()]
         for slot in moved:
             if slot.param.shape != slot.mean.shape:
                 raise RuntimeError(
@@ -276,14 +330,20 @@ class ParameterStore(Optimizer):
 
     def _refresh(self) -> None:
         """Decide whose weights to sample: every trainable parameter, wherever it now lives."""
+        if not (
+            self._stale
+            or any(slots.moved() for _, slots in self._active)
+            or any(slot.param.requires_grad for slot in self._frozen)
+            or any(place[0].requires_grad for place in self._stateless)
+        ):
+            return
         thawed = [place for place in self._stateless if place[0].requires_grad]
         if thawed:
             self._place(thawed, {})
-        slots = [slot for slot in self._ordered if slot.param.requires_grad]
-        if self._follow_moves(slots):
-            self._activate([slot for slot in self._ordered if slot.param.requires_grad])
-        elif slots != self._active_slots:
-            self._activate(slots)
+        self._follow_moves([slot for slot in self._ordered if slot.param.requires_grad])
+        self._activate([slot for slot in self._ordered if slot.param.requires_grad])
+        self._frozen = [slot for slot in self._ordered if not slot.param.requires_grad]
+        self._stale = False
 
     def _adopt_edits(self) -> None:
         if self._held is None:

@@ -383,7 +383,20 @@ def test_huge_finite_gradients_are_no_error(backend: str) -> None:
     assert (flat(params) - mean).abs().max() <= 0.1 * 0.1 * 1.001
 
 
-@pytest.mark.parametrize("value", ["", "ignore", None])
+def test_nonfinite_gradients_can_be_let_through(backend: str) -> None:
+    """As torch's own optimizers do: the check costs a pass over the gradients."""
+    optimizer, params = fresh(backend, nonfinite="ignore")
+    for bad in (False, True):
+        optimizer.train()
+        for i, p in enumerate(params):
+            p.grad = torch.full_like(p, float("nan") if bad and i == 0 else 0.5)
+        optimizer.step()
+        assert bool(params[0].isfinite().all()) is not bad
+    assert params[1].isfinite().all()
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("value", ["", "never", None])
 def test_nonfinite_is_validated(backend: str, value: Any) -> None:
     with pytest.raises(ValueError, match="nonfinite"):
         fresh(backend, nonfinite=value)

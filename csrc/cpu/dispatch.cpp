@@ -6,6 +6,7 @@
 #include <omp.h>
 #endif
 
+#include "../rows.h"
 #include "kernels.h"
 
 namespace ivon {
@@ -88,6 +89,27 @@ void for_each_chunk(const IvonTensor* tensors, int64_t count, int64_t threads, U
   }
 }
 
+// Completes the tensor table from the call's columns, and resolves the scalars of its parameters.
+void prepare(IvonCall* call) {
+  static thread_local std::vector<scalar::StepScalars> scalars;
+  scalars.clear();
+  const auto* rows = static_cast<const scalar::GroupRow*>(call->rows);
+  for (int64_t i = 0; i < call->count; ++i) {
+    IvonTensor& t = call->tensors[i];
+    t.param = reinterpret_cast<void*>(call->params[i]);
+    t.grad = reinterpret_cast<const void*>(call->grads[i]);
+    t.layout = reinterpret_cast<const IvonLayout*>(call->layouts[i]);
+    t.grad_dtype = call->grad_dtypes[i];
+    t.step = *t.step_count;
+    if (rows == nullptr) continue;
+    if (i == 0 || t.row != call->tensors[i - 1].row || t.step != call->tensors[i - 1].step) {
+      scalars.push_back(scalar::resolve(rows[t.row], t.step, nullptr));
+    }
+    t.scalars = static_cast<int64_t>(scalars.size()) - 1;
+  }
+  call->scalars = scalars.data();
+}
+
 // Says what the kept noise is from now on; no thread may still be reading the tags.
 void tag_noise(const IvonCall* call, int64_t steps_ahead, int64_t sample) {
   for (int64_t row = 0; row < call->count; ++row) {
@@ -142,24 +164,28 @@ void ivon_cpu_normals(float* out, int64_t numel, uint64_t seed, int64_t step, in
   });
 }
 
-void ivon_cpu_sample(const IvonCall* call) {
+void ivon_cpu_sample(IvonCall* call) {
+  ivon::prepare(call);
   for_each_chunk(
       call, [call](int64_t row, int64_t begin, int64_t n) { current()->sample(call->tensors[row], *call, begin, n); });
   ivon::tag_noise(call, 0, call->sample);
 }
 
-void ivon_cpu_restore(const IvonCall* call) {
+void ivon_cpu_restore(IvonCall* call) {
+  ivon::prepare(call);
   for_each_chunk(call,
                  [call](int64_t row, int64_t begin, int64_t n) { current()->restore(call->tensors[row], begin, n); });
 }
 
-void ivon_cpu_accumulate(const IvonCall* call) {
+void ivon_cpu_accumulate(IvonCall* call) {
+  ivon::prepare(call);
   for_each_chunk(call, [call](int64_t row, int64_t begin, int64_t n) {
     current()->accumulate(call->tensors[row], *call, begin, n);
   });
 }
 
-int64_t ivon_cpu_find_nonfinite(const IvonCall* call) {
+int64_t ivon_cpu_find_nonfinite(IvonCall* call) {
+  ivon::prepare(call);
   int64_t found = INT64_MAX;
   for_each_chunk(call, [call, &found](int64_t row, int64_t begin, int64_t n) {
     if (!current()->nonfinite(call->tensors[row], begin, n)) return;
@@ -171,10 +197,12 @@ int64_t ivon_cpu_find_nonfinite(const IvonCall* call) {
   return found == INT64_MAX ? -1 : found;
 }
 
-void ivon_cpu_step(const IvonCall* call) {
+void ivon_cpu_step(IvonCall* call) {
+  ivon::prepare(call);
   for_each_chunk(
       call, [call](int64_t row, int64_t begin, int64_t n) { current()->step(call->tensors[row], *call, begin, n); });
   if (call->draw_next) ivon::tag_noise(call, 1, 0);
+  for (int64_t row = 0; row < call->count; ++row) ++*call->tensors[row].step_count;
 }
 
 }  // extern "C"

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define IVON_CPU_ABI 1
+#define IVON_CPU_ABI 2
 #define IVON_CPU_MAX_DIMS 25
 
 #if defined(__GNUC__)
@@ -31,30 +31,38 @@ struct IvonNoiseTag {
   int64_t seed, step, sample, replica;
 };
 
-// State tensors are float32, contiguous, in the row-major order of the parameter's elements.
+// State tensors are float32, contiguous, in the row-major order of the parameter's elements. The second part is filled
+// in by every call, from the columns of IvonCall.
 struct IvonTensor {
-  void* param;
-  const void* grad;
   float* mean;
   float* momentum;
   float* hess;
   float* grad_sum;    // sums over finished MC samples, or null
   float* second_sum;  // likewise: g * eps (price) or g * g (gradsq)
   float* noise;       // the last training sample's normals, kept so that the step need not draw them again, or null
-  IvonNoiseTag* noise_tag;   // what `noise` holds; anything else is drawn again
-  const IvonLayout* layout;  // null: both contiguous
+  IvonNoiseTag* noise_tag;  // what `noise` holds; anything else is drawn again
+  int64_t* step_count;      // finished updates; ivon_cpu_step adds one
   int64_t numel;
-  int64_t index;    // parameter index of the noise
-  int64_t step;     // finished updates: the noise's step
-  int64_t scalars;  // row of the scalars table
+  int64_t index;  // parameter index of the noise
+  int64_t row;    // the parameter group's row
   int64_t param_dtype;
+
+  void* param;
+  const void* grad;
+  const IvonLayout* layout;  // null: both contiguous
   int64_t grad_dtype;
+  int64_t step;     // *step_count
+  int64_t scalars;  // row of the resolved scalars
 };
 
 struct IvonCall {
-  const IvonTensor* tensors;
+  IvonTensor* tensors;
   int64_t count;
-  const float* scalars;  // rows of StepScalars (ivon_math.h)
+  const int64_t* params;  // columns: addresses of the parameters, ...
+  const int64_t* grads;   // ... of their gradients (0: none), the gradients' dtypes, and layouts
+  const int64_t* grad_dtypes;
+  const int64_t* layouts;
+  const void* rows;  // GroupRow (rows.h) of every parameter group
   uint64_t seed;
   int64_t step_override;  // >= 0: draw with this step in place of each tensor's own
   int64_t sample;
@@ -62,6 +70,7 @@ struct IvonCall {
   int64_t adopt;      // the weights hold the mean: take over what was edited from outside
   int64_t draw_next;  // ivon_cpu_step: leave sample 0 of the next step in the weights instead of the mean
   int64_t threads;
+  const void* scalars;  // filled in: StepScalars of every distinct (row, step)
 };
 
 IVON_EXPORT int ivon_cpu_abi(void);
@@ -75,14 +84,14 @@ IVON_EXPORT void ivon_cpu_normals(float* out, int64_t numel, uint64_t seed, int6
                                   int64_t replica, int64_t param, int64_t start, int64_t threads);
 
 // Weights <- mean + sigma eps.
-IVON_EXPORT void ivon_cpu_sample(const IvonCall* call);
+IVON_EXPORT void ivon_cpu_sample(IvonCall* call);
 // Weights <- mean.
-IVON_EXPORT void ivon_cpu_restore(const IvonCall* call);
+IVON_EXPORT void ivon_cpu_restore(IvonCall* call);
 // Adds the finished sample's gradient to grad_sum and second_sum.
-IVON_EXPORT void ivon_cpu_accumulate(const IvonCall* call);
+IVON_EXPORT void ivon_cpu_accumulate(IvonCall* call);
 // Smallest row whose gradient holds inf or nan, or -1.
-IVON_EXPORT int64_t ivon_cpu_find_nonfinite(const IvonCall* call);
+IVON_EXPORT int64_t ivon_cpu_find_nonfinite(IvonCall* call);
 // The update; weights <- new mean, or the next sample with draw_next.
-IVON_EXPORT void ivon_cpu_step(const IvonCall* call);
+IVON_EXPORT void ivon_cpu_step(IvonCall* call);
 
 }  // extern "C"

@@ -158,7 +158,7 @@ void adopt_edits(const IvonTensor& t, int64_t begin, int64_t n) {
 }
 
 const StepScalars& scalars_of(const IvonTensor& t, const IvonCall& call) {
-  return reinterpret_cast<const StepScalars*>(call.scalars)[t.scalars];
+  return static_cast<const StepScalars*>(call.scalars)[t.scalars];
 }
 
 // Weights <- mean + sigma eps.

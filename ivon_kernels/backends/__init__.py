@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ivon_kernels.backends.base import Backend, Draw, StepScalars
+from ivon_kernels.backends.base import Backend, Draw, Guard, StepScalars
 from ivon_kernels.backends.cpu import CpuBackend
+from ivon_kernels.backends.device import Control, DeviceBackend
 from ivon_kernels.backends.reference import ReferenceBackend
 
-__all__ = ["Backend", "Draw", "StepScalars", "available_backends", "choose"]
+__all__ = ["Backend", "Control", "DeviceBackend", "Draw", "Guard", "StepScalars", "available_backends", "choose"]
 
 # Fastest first; `reference` takes whatever the others do not.
 _BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}

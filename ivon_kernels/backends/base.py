@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from ivon_kernels.arena import SlotList
@@ -38,11 +39,22 @@ class Draw(NamedTuple):
     step: int | None = None  # None: each parameter's own count of finished updates
 
 
+class Guard(NamedTuple):
+    """What decides on the device whether a step is taken, besides the gradients that were checked."""
+
+    found_inf: Tensor | None = None  # GradScaler's: the step is skipped unless this is 0
+    grad_scale: Tensor | None = None  # GradScaler's: the gradients still carry this scale
+    report: bool = False  # tell the host of a skipped step, instead of only counting it
+    final: bool = True  # the last launch of this step on its device: forgets what the checks found
+
+
 class Backend(ABC):
-    """Operations on a list of slots. All of them leave versions, counters and ``grad`` fields to the optimizer."""
+    """Operations on a list of slots. All of them leave versions and ``grad`` fields to the optimizer."""
 
     name: ClassVar[str]
     keeps_noise: ClassVar[bool] = False  # stores a sample's normals until the step instead of drawing them again
+    compiled: ClassVar[bool] = True  # takes pointers; others take tensors, from the slots
+    on_device: ClassVar[bool] = False  # decides on the device whether a step is taken: see backends/device.py
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -62,10 +74,7 @@ class Backend(ABC):
 
     @abstractmethod
     def find_nonfinite(self, slots: SlotList) -> int | None:
-        """Position of the first slot whose `grad` holds inf or nan.
-
-        The optimizer calls this before :meth:`accumulate` and :meth:`step`, which find the same gradients.
-        """
+        """Position of the first slot whose gradient holds inf or nan."""
 
     @abstractmethod
     def accumulate(self, slots: SlotList, draw: Draw) -> None:
@@ -73,7 +82,7 @@ class Backend(ABC):
 
     @abstractmethod
     def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool) -> None:
-        """Update mean, momentum and hess from `grad` (under sample `draw`) and the sums; a `grad` of None counts as 0.
+        """Update mean, momentum and hess from the gradients (under sample `draw`) and the sums; None counts as 0.
 
-        Weights <- new mean, or sample 0 of the next step with `draw_next`.
+        Weights <- new mean, or sample 0 of the next step with `draw_next`. Counts the step.
         """

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import operator
 import os
 from array import array
 
 import torch
 
 from ivon_kernels import _native
-from ivon_kernels.arena import Slot, SlotList
+from ivon_kernels.arena import SlotList
 from ivon_kernels.backends.base import Backend, Draw
 
-_ABI = 1
-_MAX_DIMS = 25
-_DTYPE_OF = operator.attrgetter("dtype")
+_ABI = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIMD_VARIABLE = "IVON_KERNELS_SIMD"
 SIMD_LEVELS = ("avx512", "avx2", "baseline", "neon")
 
-# Columns of the tensor table, as in struct IvonTensor of csrc/cpu/ivon_cpu.h.
+# Columns of the tensor table, as in struct IvonTensor of csrc/cpu/ivon_cpu.h; each call fills in the last ones itself.
 _COLUMNS = (
-    *("param", "grad", "mean", "momentum", "hess", "grad_sum", "second_sum", "noise", "noise_tag", "layout"),
-    *("numel", "index", "step", "scalars", "param_dtype", "grad_dtype"),
+    *("mean", "momentum", "hess", "grad_sum", "second_sum", "noise", "noise_tag", "step_count"),
+    *("numel", "index", "row", "param_dtype"),
+    *("param", "grad", "layout", "grad_dtype", "step", "scalars"),
 )
 _WIDTH = len(_COLUMNS)
 
@@ -35,7 +33,11 @@ class _Call(ctypes.Structure):
     _fields_ = (
         ("tensors", ctypes.c_void_p),
         ("count", ctypes.c_int64),
-        ("scalars", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
+        ("grads", ctypes.c_void_p),
+        ("grad_dtypes", ctypes.c_void_p),
+        ("layouts", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
         ("seed", ctypes.c_uint64),
         ("step_override", ctypes.c_int64),
         ("sample", ctypes.c_int64),
@@ -43,6 +45,7 @@ class _Call(ctypes.Structure):
         ("adopt", ctypes.c_int64),
         ("draw_next", ctypes.c_int64),
         ("threads", ctypes.c_int64),
+        ("scalars", ctypes.c_void_p),
     )
 
 
@@ -129,78 +132,38 @@ def normals(
     return out
 
 
-def _layout(slot: Slot) -> array[int]:
-    """Struct IvonLayout: sizes and strides of a parameter and its gradient."""
-    param, grad = slot.param, slot.param if slot.grad is None else slot.grad
-    row = array("q", bytes(8 * (1 + 3 * _MAX_DIMS)))
-    row[0] = param.dim()
-    for part, values in enumerate((param.shape, param.stride(), grad.stride())):
-        begin = 1 + part * _MAX_DIMS
-        row[begin : begin + param.dim()] = array("q", values)
-    return row
-
-
 class _Table:
-    """The tensor table of one slot list. What cannot change between launches is written once."""
+    """The tensor table of one slot list, and the call that refers to it. What cannot change is written once."""
 
-    def __init__(self, slots: list[Slot]) -> None:
-        self.slots = slots
-        self.rows = array("q", bytes(8 * _WIDTH * len(slots)))
-        self.layouts: list[array[int]] = []  # kept alive as long as the rows point to them
-        self.strided = not all(slot.param.is_contiguous() for slot in slots)
+    def __init__(self, slots: SlotList) -> None:
+        self.slots = slots.slots
+        self.rows = array("q", bytes(8 * _WIDTH * len(self.slots)))
         self.summed = False
-        for key in ("param", "mean", "momentum", "hess"):
-            self.set(key, [getattr(slot, key).data_ptr() for slot in slots])
-        self.set("noise", [0 if slot.noise is None else slot.noise.data_ptr() for slot in slots])
-        self.set("noise_tag", [slot.arena.noise_tags[slot.position].data_ptr() for slot in slots])
-        self.set("numel", [slot.param.numel() for slot in slots])
-        self.set("index", [slot.index for slot in slots])
-        self.set("param_dtype", [_DTYPES[slot.param.dtype] for slot in slots])
-        self.set_layouts()
+        for key in ("mean", "momentum", "hess"):
+            self.set(key, [getattr(slot, key).data_ptr() for slot in self.slots])
+        self.set("noise", [0 if slot.noise is None else slot.noise.data_ptr() for slot in self.slots])
+        self.set("noise_tag", [slot.arena.noise_tags[slot.position].data_ptr() for slot in self.slots])
+        self.set("step_count", [slot.arena.steps[slot.position].data_ptr() for slot in self.slots])
+        self.set("numel", [slot.param.numel() for slot in self.slots])
+        self.set("index", [slot.index for slot in self.slots])
+        self.set("row", [slot.group for slot in self.slots])
+        self.set("param_dtype", [_DTYPES[slot.param.dtype] for slot in self.slots])
+        pointers = slots.pointers
+        assert pointers is not None
+        self.call = _Call(tensors=self.rows.buffer_info()[0], count=len(self.slots))
+        for key in ("params", "grads", "grad_dtypes", "layouts"):
+            setattr(self.call, key, getattr(pointers, key).buffer_info()[0])
 
     def set(self, column: str, values: list[int]) -> None:
         self.rows[_COLUMNS.index(column) :: _WIDTH] = array("q", values)
 
-    def set_grads(self) -> None:
-        """Pointers to gradients and sums; the layouts again if any gradient's strides differ from its parameter's."""
-        grads = [slot.grad for slot in self.slots]
-        present = [grad for grad in grads if grad is not None]
-        if len(present) == len(grads):  # nearly always; map() keeps the loop in C
-            self.set("grad", list(map(torch.Tensor.data_ptr, present)))
-            self.set("grad_dtype", list(map(_DTYPES.__getitem__, map(_DTYPE_OF, present))))
-        else:
-            self.set("grad", [0 if grad is None else grad.data_ptr() for grad in grads])
-            self.set("grad_dtype", [0 if grad is None else _DTYPES[grad.dtype] for grad in grads])
-        summed = True in [slot.summed for slot in self.slots]
+    def set_sums(self, summed: bool) -> None:
+        """Point to the sums of earlier MC samples, or to nothing."""
         if summed or self.summed:
             self.summed = summed
             sums = [slot.sums for slot in self.slots]
             self.set("grad_sum", [0 if pair is None else pair[0].data_ptr() for pair in sums])
             self.set("second_sum", [0 if pair is None else pair[1].data_ptr() for pair in sums])
-        if self.strided or not all(map(torch.Tensor.is_contiguous, present)):
-            self.strided = True
-            self.set_layouts()
-
-    def set_layouts(self) -> None:
-        """Strides of every slot whose parameter or gradient is not contiguous."""
-        self.layouts = []
-        pointers = []
-        for slot in self.slots:
-            if slot.param.is_contiguous() and (slot.grad is None or slot.grad.is_contiguous()):
-                pointers.append(0)
-            else:
-                self.layouts.append(_layout(slot))
-                pointers.append(self.layouts[-1].buffer_info()[0])
-        self.set("layout", pointers)
-
-    def scalars(self) -> array[float]:
-        """The distinct scalars of the slots as float32 rows; the table's `scalars` column says which is whose."""
-        own = [slot.scalars for slot in self.slots]
-        ids = list(map(id, own))
-        distinct = dict(zip(ids, own, strict=True))
-        numbers = {key: number for number, key in enumerate(distinct)}
-        self.set("scalars", list(map(numbers.__getitem__, ids)))
-        return array("f", [value for scalars in distinct.values() for value in scalars or ()])
 
 
 class CpuBackend(Backend):
@@ -220,52 +183,35 @@ class CpuBackend(Backend):
         return None
 
     def sample(self, slots: SlotList, draw: Draw, adopt: bool) -> None:
-        self._launch("sample", slots, draw, adopt=adopt)
+        self._launch("sample", slots, draw, adopt)
 
     def restore(self, slots: SlotList) -> None:
         self._launch("restore", slots)
 
     def find_nonfinite(self, slots: SlotList) -> int | None:
-        position = self._launch("find_nonfinite", slots, new_grads=True)
+        position = self._launch("find_nonfinite", slots)
         return None if position < 0 else position
 
     def accumulate(self, slots: SlotList, draw: Draw) -> None:
         self._launch("accumulate", slots, draw)
 
     def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool) -> None:
-        self._launch("step", slots, draw, adopt=adopt, draw_next=draw_next)
+        self._launch("step", slots, draw, adopt, draw_next)
 
+    @staticmethod
     def _launch(
-        self,
-        operation: str,
-        slots: SlotList,
-        draw: Draw | None = None,
-        *,
-        new_grads: bool = False,
-        adopt: bool = False,
-        draw_next: bool = False,
+        operation: str, slots: SlotList, draw: Draw | None = None, adopt: bool = False, draw_next: bool = False
     ) -> int:
         if slots.cache is None:
-            slots.cache = _Table(slots.slots)
+            slots.cache = _Table(slots)
         table: _Table = slots.cache
-        if new_grads:
-            table.set_grads()
-        scalars = array("f")
+        call = table.call
+        call.rows = None
         if draw is not None:
-            table.set("step", [slot.step for slot in slots.slots])
-            scalars = table.scalars()
-        seed, sample, replica, step = draw or (0, 0, 0, None)
-        call = _Call(
-            tensors=table.rows.buffer_info()[0],
-            count=len(slots.slots),
-            scalars=scalars.buffer_info()[0],
-            seed=seed,
-            step_override=-1 if step is None else step,
-            sample=sample,
-            replica=replica,
-            adopt=adopt,
-            draw_next=draw_next,
-            threads=torch.get_num_threads(),
-        )
+            call.rows = slots.rows.address
+            call.seed, call.sample, call.replica = draw.seed, draw.sample, draw.replica
+            call.step_override = -1 if draw.step is None else draw.step
+            table.set_sums(slots.summed)
+        call.adopt, call.draw_next, call.threads = adopt, draw_next, torch.get_num_threads()
         result: int | None = getattr(_library(), f"ivon_cpu_{operation}")(ctypes.byref(call))
         return -1 if result is None else result

@@ -66,23 +66,19 @@ def _eps(slot: Slot, draw: Draw) -> Tensor:
     return z.view(slot.param.shape).to(slot.mean.dtype)
 
 
-def _scalars(slot: Slot) -> StepScalars:
-    assert slot.scalars is not None, "the optimizer sets the scalars before every launch"
-    return slot.scalars
-
-
-def _statistics(slot: Slot, draw: Draw) -> tuple[Tensor, Tensor]:
+def _statistics(slot: Slot, draw: Draw, k: StepScalars) -> tuple[Tensor, Tensor]:
     """Gradient and Hessian statistic of the sample `draw`."""
     if slot.grad is None:
         return torch.zeros_like(slot.mean), torch.zeros_like(slot.mean)
     grad = slot.grad.detach().to(slot.mean.dtype)
-    return grad, grad * (grad if _scalars(slot).gradsq else _eps(slot, draw))
+    return grad, grad * (grad if k.gradsq else _eps(slot, draw))
 
 
 class ReferenceBackend(Backend):
     """Plain PyTorch on any device; float32 state, or float64 for float64 parameters."""
 
     name = "reference"
+    compiled = False
 
     def unavailable(self) -> str | None:
         return None
@@ -94,7 +90,8 @@ class ReferenceBackend(Backend):
         for slot in slots.slots:
             if adopt:
                 slot.adopt_edits()
-            slot.param.detach().copy_(draw_weights(slot.mean, slot.hess, _eps(slot, draw), _scalars(slot)))
+            k = slots.rows.scalars(slot.group, slot.step)
+            slot.param.detach().copy_(draw_weights(slot.mean, slot.hess, _eps(slot, draw), k))
 
     def restore(self, slots: SlotList) -> None:
         for slot in slots.slots:
@@ -109,21 +106,24 @@ class ReferenceBackend(Backend):
     def accumulate(self, slots: SlotList, draw: Draw) -> None:
         for slot in slots.slots:
             assert slot.sums is not None
-            for total, value in zip(slot.sums, _statistics(slot, draw), strict=True):
+            k = slots.rows.scalars(slot.group, slot.step)
+            for total, value in zip(slot.sums, _statistics(slot, draw, k), strict=True):
                 total += value
 
     def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool) -> None:
         for slot in slots.slots:
             if adopt:
                 slot.adopt_edits()
-            grad, second = _statistics(slot, draw)
+            k = slots.rows.scalars(slot.group, slot.step)
+            grad, second = _statistics(slot, draw, k)
             if slot.sums is not None:
                 grad, second = slot.sums[0] + grad, slot.sums[1] + second
-            new = update(grad, second, slot.mean, slot.momentum, slot.hess, _scalars(slot))
+            new = update(grad, second, slot.mean, slot.momentum, slot.hess, k)
             for state, value in zip((slot.mean, slot.momentum, slot.hess), new, strict=True):
                 state.copy_(value)
             weights = slot.mean
             if draw_next:
                 eps = _eps(slot, draw._replace(sample=0, step=slot.step + 1))
-                weights = draw_weights(slot.mean, slot.hess, eps, _scalars(slot))
+                weights = draw_weights(slot.mean, slot.hess, eps, k)
             slot.param.detach().copy_(weights)
+            slot.arena.steps[slot.position] += 1
