@@ -7,7 +7,7 @@ import platform
 import torch
 
 import ivon_kernels
-from ivon_kernels import available_backends
+from ivon_kernels import available_backends, pointers
 from ivon_kernels._native import build_info
 from ivon_kernels.backends import cpu
 
@@ -17,6 +17,11 @@ def _describe_cpu() -> str:
     info = build_info()
     threads = f"{torch.get_num_threads()} threads" if info["openmp"] else "1 thread (built without OpenMP)"
     return f"SIMD {cpu.simd_level()} (built: {', '.join(info['simd_levels'])}); {threads}; {info['compiler']}"
+
+
+def _describe_devices() -> str:
+    """Returns the GPUs' names."""
+    return ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))) or "no GPU"
 
 
 def main() -> None:
@@ -30,7 +35,11 @@ def main() -> None:
     for name, reason in available_backends().items():
         if reason is None and name == "cpu":
             details[name] = _describe_cpu()
+        elif reason is None and name != "reference":
+            details[name] = _describe_devices()
         print(f"{name:<11}{'no' if reason else 'yes':<11}{reason or details[name]}")
+    slower = pointers.unavailable()
+    print(f"\ngradients' addresses are read in {'Python: ' + slower if slower else 'C'}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,11 @@ class Engine(ParameterStore):
             raise RuntimeError(f"{_MAX_SAMPLES} samples were drawn without a step(): call step() or discard_samples()")
         self._fold()
         self._samples.count += 1
-        self._put(self._train_draw())
+        try:
+            self._put(self._train_draw())
+        except BaseException:
+            self._samples.count -= 1
+            raise
 
     def _abort_sample(self) -> None:
         """The block failed: its sample does not count, and the mean comes back."""
@@ -216,6 +220,7 @@ class Engine(ParameterStore):
         self, launches: Launches, draw_next: bool, found_inf: Tensor | None, grad_scale: Tensor | None
     ) -> None:
         """Launch the step; the devices skip it if a gradient is not finite or `found_inf` says so."""
+        self._check_capture()
         if found_inf is None and self.nonfinite != "ignore" and self._samples.folded < self._samples.count:
             self._check(launches)
         self._rows.update(self.param_groups, 1.0, self._samples.count)
@@ -252,7 +257,7 @@ class Engine(ParameterStore):
         self._forget_samples(findings=False)  # the final launch did that
         self._held = None
         if draw_next:
-            self._samples.count = 1
+            self._samples.count, self._samples.unused = 1, True
             self._held = self._train_draw()
 
     def _skip(self, keep_sample: bool) -> None:

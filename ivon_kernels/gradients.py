@@ -65,6 +65,7 @@ class Samples:
     """
 
     count: int = 0  # samples drawn
+    unused: bool = False  # the only one was drawn by the step before, and nobody has asked for it yet
     folded: int = 0  # samples whose gradients are in the sums
     nonfinite: str | None = None  # parameter whose gradient was not finite in a folded sample
     closed: dict[Slot, tuple[Tensor, int]] = field(default_factory=dict)

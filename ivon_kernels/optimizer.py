@@ -228,6 +228,8 @@ class IVON(Engine):
                 "sampled_params(train=True) inside a sample: leave the other block, or call optimizer.eval() if "
                 "optimizer.train() put it there"
             )
+        if self._samples.unused:  # eval() ended the loop that it was drawn for
+            self._forget_samples()
         self._begin_sample()
         return self._samples.count
 
@@ -248,8 +250,8 @@ class IVON(Engine):
         if sample is None:
             sample = self._eval_samples
             self._eval_samples = (self._eval_samples + 1) % _MAX_SAMPLES
-        if not 0 <= sample < _MAX_SAMPLES:
-            raise ValueError(f"sample must be in [0, {_MAX_SAMPLES}), got {sample}")
+        if not isinstance(sample, int) or not 0 <= sample < _MAX_SAMPLES:
+            raise ValueError(f"sample must be a whole number in [0, {_MAX_SAMPLES}), got {sample!r}")
         outer = self._held
         self._put(Draw(self.seed, sample, step=EVAL_STEP))
         return outer
@@ -270,6 +272,7 @@ class IVON(Engine):
         """
         self._require_no_evaluation("train()")
         self._mode = True
+        self._samples.unused = False
         if self._held is None:
             if self._samples.count:
                 self._put(self._train_draw())

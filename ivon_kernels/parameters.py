@@ -105,10 +105,10 @@ class ParameterStore(Optimizer):
             for param, name in zip(group["params"], self._names(group, number), strict=True):
                 check_parameter(param, name)
                 choose(self._backend_name, param.device, param.dtype)
+            self._hold_lr()
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
-        self._hold_lr()
         self._place([place for place in self._places() if self._needs_state(place[0])], {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -190,6 +190,7 @@ class ParameterStore(Optimizer):
             group["capturable"] = self.defaults["capturable"]  # how the optimizer runs, not what it has learned
         self._hold_lr()
         self._set_state(saved)
+        self._rows.update(self.param_groups)
         for backend, slots in by_backend([self._slots[param] for param in saved], self._rows):
             backend.restore(slots)
         increment_version(list(saved))

@@ -125,6 +125,17 @@ def test_sample_in_step_leaves_the_next_sample(backend: str) -> None:
     assert torch.equal(flat(params), flat(others))
 
 
+def test_a_block_after_a_loop_with_sample_in_step(backend: str) -> None:
+    """The sample that the last step drew was for a step that never came: it is not one of the block's."""
+    one, params = fresh(backend, sample_in_step=True)
+    two, others = fresh(backend)
+    train_sample_in_step(one, params, 3)
+    train_modes(two, others, 3)
+    for optimizer, weights in ((one, params), (two, others)):
+        train(optimizer, weights, 2, start=3)
+    assert_same(snapshot(one), snapshot(two))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_sample_is_the_mean_plus_sigma_times_the_public_noise(backend: str, dtype: torch.dtype) -> None:
     optimizer, params = fresh(backend, dtype)

@@ -18,9 +18,11 @@ import pytest
 from filelock import FileLock
 
 import ivon_kernels
+from ivon_kernels import available_backends
+from ivon_kernels._native import build_info, find_library
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = re.compile(r"ivon_kernels/_native/libivon_cpu\.(so|dylib)")
+LIBRARY = re.compile(r"ivon_kernels/_native/libivon_(cpu|host|cuda)\.(so|dylib)")
 NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
 
 
@@ -40,7 +42,9 @@ def _build(directory: Path, extra_env: Mapping[str, str]) -> Path:
     with FileLock(directory / "lock"):
         if not site.exists():
             pip = (sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check")
-            options = ("--no-build-isolation", "--no-deps", "--no-index", "-C", f"build-dir={directory / 'build'}")
+            # The cuda library takes a minute, and tests/test_cuda_compile.py compiles it.
+            settings = ("-C", f"build-dir={directory / 'build'}", "-C", "cmake.define.IVON_KERNELS_CUDA=OFF")
+            options = ("--no-build-isolation", "--no-deps", "--no-index", *settings)
             _run(*pip, "wheel", *options, "--wheel-dir", directory, ROOT, env={**os.environ, **extra_env})
             (wheel,) = directory.glob("*.whl")
             _run(*pip, "install", "--no-deps", "--no-index", "--target", site, wheel)
@@ -93,7 +97,7 @@ def test_wheel_serves_every_python_and_holds_the_package_only(built: Path) -> No
     (wheel,) = built.glob("*.whl")
     assert "-py3-none-" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
-    assert len([name for name in names if LIBRARY.fullmatch(name)]) == 1
+    assert sorted(match[1] for match in map(LIBRARY.fullmatch, names) if match) == ["cpu", "host"]
     assert "ivon_kernels/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0].removesuffix(".dist-info") for name in names} == {
@@ -108,6 +112,17 @@ def test_installed_wheel_has_the_cpu_backend(built: Path) -> None:
     assert library.startswith(str(built / "site"))
     table = _python(built / "site", MAIN)
     assert re.search(r"^cpu +yes +SIMD \w+ \(built: ", table, re.MULTILINE), table
+    assert re.search(r"^cuda +no +it was switched off when the package was built", table, re.MULTILINE), table
+
+
+def test_this_installation_has_a_cuda_library_where_there_is_an_nvcc() -> None:
+    """Whether it can be used is another matter, which a GPU decides."""
+    reason = build_info()["cuda"]
+    if reason is None:
+        assert find_library("cuda") is not None
+    else:
+        assert shutil.which("nvcc") is None or os.environ.get("IVON_KERNELS_CUDA") == "OFF", reason
+        assert available_backends()["cuda"] == reason
 
 
 def test_install_without_a_compiler_succeeds_and_says_what_is_missing(built_without_compiler: Path) -> None:
@@ -128,15 +143,16 @@ def _binutils(tool: str) -> str:
     return tool
 
 
-def _library(built: Path) -> Path:
-    return built / "site" / "ivon_kernels" / "_native" / "libivon_cpu.so"
+def _library(built: Path, name: str) -> Path:
+    return built / "site" / "ivon_kernels" / "_native" / f"libivon_{name}.so"
 
 
-def test_library_exports_the_c_abi_only(built: Path) -> None:
-    symbols = _run(_binutils("nm"), "--dynamic", "--defined-only", "--format=posix", _library(built)).splitlines()
+@pytest.mark.parametrize("name", ["cpu", "host"])
+def test_library_exports_the_c_abi_only(built: Path, name: str) -> None:
+    symbols = _run(_binutils("nm"), "--dynamic", "--defined-only", "--format=posix", _library(built, name)).splitlines()
     names = [line.split()[0] for line in symbols]
-    assert "ivon_cpu_step" in names
-    assert [name for name in names if not name.startswith("ivon_cpu_")] == []
+    assert f"ivon_{name}_abi" in names
+    assert [symbol for symbol in names if not symbol.startswith(f"ivon_{name}_")] == []
 
 
 def test_no_function_is_shared_between_simd_levels(built: Path) -> None:
@@ -156,10 +172,12 @@ def test_no_function_is_shared_between_simd_levels(built: Path) -> None:
     assert [name for name, count in holders.items() if count > 1] == []
 
 
-def test_library_needs_neither_torch_nor_python(built: Path) -> None:
-    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", _run(_binutils("readelf"), "--dynamic", _library(built)))
+@pytest.mark.parametrize("name", ["cpu", "host"])
+def test_library_needs_neither_torch_nor_python(built: Path, name: str) -> None:
+    """The host library takes CPython's functions from the interpreter that loads it."""
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", _run(_binutils("readelf"), "--dynamic", _library(built, name)))
     allowed = re.compile(r"lib(c|m|gomp|omp|stdc\+\+|gcc_s|pthread)\.so.*|ld-linux.*")
-    assert needed
+    assert needed or name == "host"
     assert [name for name in needed if not allowed.fullmatch(name)] == []
 
 

@@ -6,13 +6,18 @@ import torch
 
 from ivon_kernels.backends.base import Backend, Draw, Guard, StepScalars
 from ivon_kernels.backends.cpu import CpuBackend
+from ivon_kernels.backends.cuda import CudaBackend
 from ivon_kernels.backends.device import Control, DeviceBackend
 from ivon_kernels.backends.reference import ReferenceBackend
+from ivon_kernels.backends.triton import TritonBackend
 
 __all__ = ["Backend", "Control", "DeviceBackend", "Draw", "Guard", "StepScalars", "available_backends", "choose"]
 
-# Fastest first; `reference` takes whatever the others do not.
-_BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CpuBackend(), ReferenceBackend())}
+# Fastest first: on a GPU cuda before triton at every size, because its launch costs the host least and the kernels do
+# the same work (docs/gpu-kernels.md has what is known). `reference` takes whatever the others do not.
+_BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (CpuBackend(), CudaBackend(), TritonBackend(), ReferenceBackend())
+}
 
 
 def available_backends() -> dict[str, str | None]:
@@ -36,7 +41,9 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
         return next(
             backend
             for backend in _BACKENDS.values()
-            if backend.unavailable() is None and backend.unsupported(device, dtype) is None
+            if backend.unavailable() is None
+            and backend.unsupported(device, dtype) is None
+            and not (backend.on_device and device.type == "cpu")  # an interpreter or emulator: asked for by name
         )
     if name not in _BACKENDS:
         raise ValueError(f"there is no backend {name!r}; choose one of {', '.join(_BACKENDS)}, or None for the fastest")

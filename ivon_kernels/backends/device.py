@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from abc import abstractmethod
 from typing import TYPE_CHECKING
 
@@ -32,15 +33,16 @@ class Control:
         self.block = torch.zeros(BLOCK_SIZE, dtype=torch.int64, device=device)
         self.block[BAD] = NOTHING_BAD
         self.mailbox = torch.zeros(2, dtype=torch.int64, pin_memory=device.type != "cpu")
+        self._letters = (ctypes.c_int64 * 2).from_address(self.mailbox.data_ptr())  # read without a tensor operation
         self.seen = 0
 
     def new_report(self) -> int | None:
         """Index of the parameter at fault in a skipped step that was reported since the last call, or None."""
-        count = int(self.mailbox[0])
+        count = self._letters[0]
         if count == self.seen:
             return None
         self.seen = count
-        return int(self.mailbox[1])
+        return self._letters[1]
 
     def skipped(self) -> int:
         """Steps skipped without a report. Waits for the device."""

@@ -1,0 +1,86 @@
+// What one launch is told: everything by value, in the kernel's arguments.
+#pragma once
+
+#include "../cpu/staging.h"
+#include "../rows.h"
+
+namespace ivon {
+namespace IVON_ISA {
+
+enum Operation { kSample, kRestore, kCheck, kAccumulate, kStep };
+
+constexpr uint32_t kThreads = 256;
+constexpr uint32_t kQuads = 2;  // of 4 elements, per thread
+// With fewer registers per thread the step would spill; 24 warps per multiprocessor hide the latency of its loads.
+constexpr uint32_t kResidentBlocks = 3;
+constexpr uint32_t kChunkSize = kThreads * kQuads * 4;  // elements per block
+constexpr int64_t kNothingBad = int64_t{1} << 62;       // as NOTHING_BAD of ivon_kernels/backends/device.py
+
+enum ControlWord { kBad, kDone, kSkipped };
+
+enum TensorFlag : uint32_t {
+  kParamVector = 1u << 4,  // contiguous and aligned: four elements in one access
+  kGradVector = 1u << 5,
+  kSummed = 1u << 6,
+  kCounted = 1u << 7,  // the launch that holds the tensor's last chunk counts its step
+};
+
+// One tensor, or as many of its chunks as one launch can hold.
+struct TensorRecord {
+  void* param;
+  const void* grad;
+  const IvonLayout* layout;
+  int64_t offset;
+  int64_t numel;
+  uint32_t word;  // flags: parameter dtype (2 bits), gradient dtype (2 bits), TensorFlag; above them the 24-bit index
+  uint32_t position;
+  uint32_t row;
+  uint32_t first_chunk;  // of the tensor: at most 2^42 elements are at most 2^31 chunks
+
+  IVON_FN int64_t param_dtype() const { return word & 3; }
+  IVON_FN int64_t grad_dtype() const { return word >> 2 & 3; }
+  IVON_FN bool has(TensorFlag flag) const { return (word & flag) != 0; }
+  IVON_FN uint32_t index() const { return word >> 8; }
+};
+
+// The round keys from the constant bank: an instruction takes them as operands without loading them.
+struct KeyTable {
+  uint32_t keys[2 * kPhiloxRounds];
+  IVON_FN uint64_t first(int round) const { return keys[2 * round]; }
+  IVON_FN uint64_t second(int round) const { return keys[2 * round + 1]; }
+};
+
+struct CallHeader {
+  float *mean, *momentum, *hess, *grad_sum, *second_sum;
+  int64_t* steps;
+  int64_t* control;
+  int64_t* mailbox;
+  const float* found_inf;
+  const float* grad_scale;
+  int64_t step_override;
+  KeyTable keys;
+  uint32_t sample_replica;
+  uint32_t count;   // tensors
+  uint32_t blocks;  // chunks of all of them
+  bool adopt, draw_next, final, report;
+};
+
+template <int kTensorCapacity, int kRowCapacity>
+struct Arguments {
+  static constexpr int kTensors = kTensorCapacity, kRows = kRowCapacity;
+  CallHeader call;
+  uint32_t first_block[kTensors];  // of each tensor, ascending
+  TensorRecord tensors[kTensors];
+  GroupRow rows[kRows];
+};
+
+// Arguments are copied whole at every launch: few tensors should not pay for many. 4096 bytes are the limit before CUDA
+// 12.1, 32764 since.
+using SmallArguments = Arguments<56, 5>;
+using MediumArguments = Arguments<160, 8>;
+using LargeArguments = Arguments<504, 24>;
+static_assert(sizeof(SmallArguments) <= 4096, "the limit before CUDA 12.1");
+static_assert(sizeof(LargeArguments) <= 32764, "the limit since CUDA 12.1");
+
+}  // namespace IVON_ISA
+}  // namespace ivon
