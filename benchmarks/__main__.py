@@ -1,8 +1,9 @@
-"""The command line of the benchmarks: ``python -m benchmarks [finetune|speed]``."""
+"""The command line of the benchmarks: ``python -m benchmarks [finetune|gpu|speed]``."""
 
 import typer
 
 from benchmarks.finetune.cli import finetune
+from benchmarks.gpu.cli import gpu
 from benchmarks.speed.cli import speed
 
 app = typer.Typer(
@@ -13,6 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(finetune)
+app.command()(gpu)
 app.command()(speed)
 
 if __name__ == "__main__":
