@@ -158,11 +158,11 @@ class SlotList:
         self.summed = False
         self.cache: Any = None
 
-    def moved(self) -> bool:
-        """Whether a parameter's memory, strides, dtype or ``requires_grad`` changed since the list was made."""
+    def moved(self, *, trained: bool = True) -> bool:
+        """Whether a parameter's memory, strides or dtype, or with `trained` its ``requires_grad``, has changed."""
         if self.pointers is not None:
-            return self.pointers.moved()
-        return any(slot.moved() or not slot.param.requires_grad for slot in self.slots)
+            return self.pointers.moved(trained=trained)
+        return any(slot.moved() or (trained and not slot.param.requires_grad) for slot in self.slots)
 
 
 def by_backend(slots: list[Slot], rows: Rows) -> list[tuple[Backend, SlotList]]:

@@ -72,10 +72,10 @@ class Engine(ParameterStore):
 
     def _catch_up(self) -> None:
         """Follow parameters that moved since they were sampled."""
-        if any(slots.moved() for _, slots in self._active):
+        if any(slots.moved(trained=False) for _, slots in self._active):
             if self._follow_moves(self._active_slots):
                 self._activate([self._slots[slot.param] for slot in self._active_slots])
-            self._stale = True  # somebody may have been frozen, too
+            self._stale = True
 
     # ---- the samples of a step -----------------------------------------------------------------------------------
 
@@ -223,6 +223,7 @@ class Engine(ParameterStore):
         self._check_capture()
         if found_inf is None and self.nonfinite != "ignore" and self._samples.folded < self._samples.count:
             self._check(launches)
+        self._check_capture()
         self._rows.update(self.param_groups, 1.0, self._samples.count)
         draw, held = self._train_draw(), self._held is not None
         report = self.nonfinite == "raise" and found_inf is None

@@ -149,10 +149,11 @@ class ParameterStore(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key in self._plain_attributes()}
         own["_skipped"] = self.skipped_steps
+        found = [control.found() for control in self._controls.values()] if self._samples.folded else []
         sums = {slot.index: slot.sums for slot in self._slots.values() if slot.sums is not None}
         samples = (self._samples.count, self._samples.folded, self._samples.nonfinite)
         active = [slot.index for slot in self._active_slots]
-        return {**super().__getstate__(), "_own": (own, samples, sums, active)}
+        return {**super().__getstate__(), "_own": (own, samples, sums, active, found)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -161,15 +162,17 @@ class ParameterStore(Optimizer):
         if restored is None:
             self._finish_loading()
             return
-        own, (count, folded, nonfinite), sums, active = restored
+        own, (count, folded, nonfinite), sums, active, found = restored
         self.__dict__.update(own)
         self._slots, self._ordered, self._loading = {}, [], None
         self._rows, self._controls, self._lr, self._grads_in_slots, self._frozen = Rows(), {}, {}, False, []
         self._hold_lr()
-        self._samples = Samples(count, folded, nonfinite)
+        self._samples = Samples(count, folded=folded, nonfinite=nonfinite)
         self._set_state(dict(self.state))
         slots = {slot.index: slot for slot in self._slots.values()}
         self._activate([slots[index] for index in active])
+        for control in self._controls.values():
+            control.forget(*found)
         if sums:
             for arena in {slot.arena for slot in slots.values()}:
                 arena.clear_sums()
@@ -265,7 +268,9 @@ class ParameterStore(Optimizer):
                 keep_noise = any(backend.keeps_noise for backend in backends)
                 arena = Arena([param.numel() for param, _, _ in bucket], device, dtype, keep_noise)
                 if any(backend.on_device for backend in backends):
-                    arena.control = self._controls.setdefault(device, Control(device))
+                    if device not in self._controls:
+                        self._controls[device] = Control(device)
+                    arena.control = self._controls[device]
                 for position, ((param, number, index), backend) in enumerate(zip(bucket, backends, strict=True)):
                     slot = Slot(param, names[param], index, number, backend, arena, position)
                     slot.set_state(saved.get(param), float(self.param_groups[number]["hess_init"]))

@@ -30,7 +30,7 @@ MAX_DIMS = 25  # of a layout row, as in csrc/cpu/ivon_cpu.h
 LAYOUT_WIDTH = 1 + 3 * MAX_DIMS
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_ABI = 1
+_ABI = 2
 _RECORD_WIDTH = 7  # int64 fields of struct IvonHostRecord; sizes, strides and gradient strides follow
 
 _GRAD_OF = operator.attrgetter("grad")
@@ -70,8 +70,9 @@ def _bind(path: str) -> ctypes.PyDLL:
     if library.ivon_host_abi() != _ABI:
         raise OSError(f"{path} has ABI {library.ivon_host_abi()}, this package needs {_ABI}: reinstall ivon_kernels")
     library.ivon_host_init.argtypes, library.ivon_host_init.restype = [ctypes.POINTER(_Objects)], ctypes.c_char_p
-    for name in ("record", "moved", "read_grads"):
+    for name in ("record", "read_grads"):
         getattr(library, f"ivon_host_{name}").argtypes = [ctypes.c_void_p]
+    library.ivon_host_moved.argtypes = [ctypes.c_void_p, ctypes.c_int]
     return library
 
 
@@ -232,12 +233,15 @@ class Pointers:
     def uses_c(self) -> bool:
         return self._library is not None
 
-    def moved(self) -> bool:
-        """Whether any parameter's address, shape, strides, dtype, device, type or requires_grad is another now."""
+    def moved(self, *, trained: bool = True) -> bool:
+        """Whether any parameter's address, shape, strides, dtype, device or type is another now.
+
+        With `trained` also whether its requires_grad is.
+        """
         if _in_function_mode():
             with torch._C.DisableTorchFunction():
-                return self._moved()
-        return self._moved()
+                return self._moved(trained)
+        return self._moved(trained)
 
     def record(self) -> None:
         """Note where the parameters are now; gradients are expected with the strides that autograd gives them."""
@@ -330,14 +334,16 @@ class Pointers:
             self.layouts[:] = array("q", [0 if row is None else row.buffer_info()[0] for row in rows])
             self.layouts_version += 1
 
-    def _moved(self) -> bool:
+    def _moved(self, trained: bool) -> bool:
         if self._library is not None:
-            return bool(self._library.ivon_host_moved(self._list_address))
+            return bool(self._library.ivon_host_moved(self._list_address, trained))
         seen = self._seen
         try:
             now = _look(self._tensors)
         except RuntimeError:  # no longer dense
             return True
+        if not trained:
+            now = now._replace(requires_grad=seen.requires_grad)
         if now == seen:
             return False
         same = now[0] == seen[0] and now[2:] == seen[2:]

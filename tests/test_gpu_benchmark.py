@@ -333,10 +333,14 @@ def test_model_and_host_targets() -> None:
     time, memory = model_targets({"rows": [row("triton", 1.02, 4.0), row("cuda", 1.005, 5.0)]})
     assert (time.measured, time.met, memory.measured, memory.met) == (1.005, True, 5.0, True)
     assert [t.measured for t in model_targets({"skipped": "peft is not installed"})] == [None, None]
-    fresh = {"both": {"p50": 33.0}}
-    few, many = host_targets({"rows": [{"name": "cuda", "ours": True, "error": None, "tensors": 128, "fresh": fresh}]})
-    assert (few.measured, few.met, many.measured) == (33.0, False, None)
-    assert few.margin == pytest.approx(-0.1)
+    times = {"same": {"both": {"p50": 27.0}}, "fresh": {"both": {"p50": 33.0}}}
+    row_of_step = {"name": "cuda", "share": "step", "error": None, "tensors": 128, **times}
+    found = {t.name: t for t in host_targets({"rows": [row_of_step]})}
+    assert len(found) == 8  # path or whole step, 128 or 450 tensors, gradients that are the same or fresh
+    same, fresh = (found[f"128 tensors: microseconds of the host, train() + step(), {s} gradients"] for s in times)
+    assert (same.measured, same.met, fresh.measured, fresh.met) == (27.0, True, 33.0, False)
+    assert fresh.margin == pytest.approx(-0.1)
+    assert [t.measured for t in found.values()].count(None) == 6
 
 
 def test_ratio_is_taken_round_by_round() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -367,6 +368,19 @@ def test_non_finite_in_an_earlier_sample_is_noticed(backend: str) -> None:
         optimizer.step()
     optimizer.discard_samples()
     assert_same(before, snapshot(optimizer))
+
+
+def test_a_copy_remembers_a_non_finite_sample(backend: str) -> None:
+    optimizer, params = fresh(backend, mc_samples=2)
+    for value in (float("nan"), 1.0):
+        optimizer.zero_grad()
+        with optimizer.sampled_params(train=True):
+            (value * bowl(params, 0)).backward()
+    twin = copy.deepcopy(optimizer)
+    before = snapshot(twin)
+    with pytest.raises(NonFiniteGradientError):
+        twin.step()
+    assert_same(before, snapshot(twin))
 
 
 def test_huge_finite_gradients_are_no_error(backend: str) -> None:

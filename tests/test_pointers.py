@@ -140,6 +140,7 @@ def test_moved(use_c: bool, edit: Callable[[Tensor], None]) -> None:
     old = params[1].data
     edit(params[1])
     assert p.moved() and p.moved()
+    assert p.moved(trained=False) == (edit is not freeze)
     del old
     if edit is to_meta:
         return

@@ -21,6 +21,7 @@ from benchmarks.speed.contenders import IVON_ARGS
 from benchmarks.speed.measure import _quantiles
 from benchmarks.speed.workloads import WORKLOADS, Workload
 from ivon_kernels import IVON, backends
+from ivon_kernels.backends import Draw
 from ivon_kernels.backends.cuda import CudaBackend
 
 _SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "launch.cu"
@@ -70,12 +71,31 @@ def stub_launcher() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class HostContender:
-    """`build` gives the calls before the forward pass and after the backward pass."""
+    """`build` gives the calls before the forward pass and after the backward pass.
+
+    `share` says which target the row is for: ``"step"`` for all that the optimizer does on the host, ``"path"`` for its
+    native part alone (addresses of the gradients, arguments, launch), empty for none.
+    """
 
     name: str
     build: Callable[[list[torch.nn.Parameter], str], Calls]
     context: Callable[[], AbstractContextManager[str]]
-    ours: bool = False
+    share: str = ""
+
+
+def _path(params: list[torch.nn.Parameter], backend: str) -> Calls:
+    """What every step does in C: reads the gradients' addresses, packs the arguments, launches."""
+    optimizer = IVON(params, **IVON_ARGS, seed=0, backend=backend)
+    optimizer.train()
+    ((launcher, slots),) = optimizer._active
+    assert slots.pointers is not None
+    pointers, draw = slots.pointers, Draw(0, 0)
+
+    def step() -> None:
+        pointers.read_grads()
+        launcher.step(slots, draw, adopt=False, draw_next=False)
+
+    return (lambda: None), step
 
 
 def _ours(one_launch: bool) -> Callable[[list[torch.nn.Parameter], str], Calls]:
@@ -98,7 +118,8 @@ def _no_context() -> AbstractContextManager[str]:
 
 
 CONTENDERS = (
-    HostContender("ivon_kernels cuda, stub launcher, sample + step", _ours(False), stub_launcher, ours=True),
+    HostContender("ivon_kernels cuda, stub launcher: read addresses, pack, launch", _path, stub_launcher, "path"),
+    HostContender("ivon_kernels cuda, stub launcher, sample + step", _ours(False), stub_launcher, "step"),
     HostContender("ivon_kernels cuda, stub launcher, step with next sample", _ours(True), stub_launcher),
     HostContender("AdamW (foreach) on CPU tensors, its arithmetic included", _adamw(foreach=True), _no_context),
     HostContender("AdamW (fused) on CPU tensors, its arithmetic included", _adamw(fused=True), _no_context),
@@ -138,7 +159,7 @@ def _times(calls: Calls, params: list[torch.nn.Parameter], repeats: int, fresh: 
 
 
 def _row(contender: HostContender, workload: Workload, repeats: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": contender.name, "ours": contender.ours, "tensors": len(workload.shapes)}
+    row: dict[str, Any] = {"name": contender.name, "share": contender.share, "tensors": len(workload.shapes)}
     try:
         with contender.context() as backend:
             params = tensors(workload, torch.float32, torch.device("cpu"))

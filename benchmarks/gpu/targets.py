@@ -16,6 +16,7 @@ from benchmarks.gpu.workloads import DTYPES
 
 LARGE, FLAT = 39_000_000, 400_000_000  # elements: "40M and above", "400M and 1B"
 HOST_US = {128: 30.0, 450: 100.0}
+HOST_SHARES = {"path": "addresses + arguments + launch", "step": "train() + step()"}
 Cases = Iterable[tuple[str, float]]
 
 
@@ -132,13 +133,15 @@ def model_targets(record: dict[str, Any] | None) -> list[Target]:
 
 
 def host_targets(record: dict[str, Any] | None) -> list[Target]:
-    """The targets of the host's share: train() and step() together, with fresh gradients."""
-    rows = [r for r in (record or {}).get("rows", ()) if r["ours"] and not r["error"]]
+    """The targets of the host's share: of the native path alone, and of train() and step() as a whole."""
+    rows = [r for r in (record or {}).get("rows", ()) if not r["error"]]
     return [
         target(
-            f"{count} tensors: microseconds of the host, train() + step()",
+            f"{count} tensors: microseconds of the host, {what}, {state} gradients",
             bound,
-            [(r["name"], r["fresh"]["both"]["p50"]) for r in rows if r["tensors"] == count],
+            [(r["name"], r[state]["both"]["p50"]) for r in rows if r["tensors"] == count and r["share"] == share],
         )
+        for share, what in HOST_SHARES.items()
         for count, bound in HOST_US.items()
+        for state in ("same", "fresh")
     ]

@@ -161,12 +161,12 @@ PyObject* new_grad_reference(const IvonHostList* list, int64_t i) {
   return list->given[i];
 }
 
-bool moved(PyObject* param, const Entry& entry) {
+bool moved(PyObject* param, const Entry& entry, bool trained) {
   DLTensor t;
   const IvonHostRecord& record = *entry.record;
   return type_of(param) != record.type || !read_tensor(param, &t) || address_of(t) != record.address ||
          device_of(t) != record.device || dtype_of(t) != record.dtype || !entry.same_layout(t, entry.strides) ||
-         read_requires_grad(param) != record.requires_grad;
+         (trained && read_requires_grad(param) != record.requires_grad);
 }
 
 DescrGet getter(PyObject* descriptor) {
@@ -220,11 +220,11 @@ int ivon_host_record(const IvonHostList* list) {
   return at == end ? 0 : -1;
 }
 
-int ivon_host_moved(const IvonHostList* list) {
+int ivon_host_moved(const IvonHostList* list, int trained) {
   int64_t* at = list->records;
   for (int64_t i = 0; i < list->count; ++i) {
     const Entry entry(at);
-    if (moved(list->params[i], entry)) return 1;
+    if (moved(list->params[i], entry, trained != 0)) return 1;
     at = entry.next();
   }
   return 0;

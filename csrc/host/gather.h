@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define IVON_HOST_ABI 1
+#define IVON_HOST_ABI 2
 
 #if defined(__GNUC__)
 #define IVON_HOST_EXPORT __attribute__((visibility("default")))
@@ -65,8 +65,9 @@ IVON_HOST_EXPORT const char* ivon_host_init(const IvonHostObjects* objects);
 // Fills the records; 0, or -1 where a parameter cannot be read or the records do not fit. The gradients' strides are
 // left to the caller.
 IVON_HOST_EXPORT int ivon_host_record(const IvonHostList* list);
-// 1 where a parameter is no longer what was recorded, else 0.
-IVON_HOST_EXPORT int ivon_host_moved(const IvonHostList* list);
+// 1 where a parameter is no longer what was recorded, else 0. Whether it is trained is looked at only if asked for:
+// that takes as long as all the rest.
+IVON_HOST_EXPORT int ivon_host_moved(const IvonHostList* list, int trained);
 // Reads `grad` of every parameter; IvonGradFlags.
 IVON_HOST_EXPORT int ivon_host_read_grads(const IvonHostList* list);
 

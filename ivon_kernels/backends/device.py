@@ -48,9 +48,13 @@ class Control:
         """Steps skipped without a report. Waits for the device."""
         return int(self.block[SKIPPED])
 
-    def forget(self) -> None:
-        """Drop what the checks found."""
-        self.block[BAD].fill_(NOTHING_BAD)
+    def found(self) -> int:
+        """The first parameter that the checks found, or ``NOTHING_BAD``. Waits for the device."""
+        return int(self.block[BAD])
+
+    def forget(self, *but: int) -> None:
+        """Drop what the checks found; `but` are findings to keep instead."""
+        self.block[BAD].fill_(min(but, default=NOTHING_BAD))
 
 
 class DeviceBackend(Backend):
@@ -70,7 +74,7 @@ class DeviceBackend(Backend):
         self.check(slots)
         control = slots.slots[0].arena.control
         assert control is not None
-        bad = int(control.block[BAD])
+        bad = control.found()
         control.forget()
         return next((i for i, slot in enumerate(slots.slots) if slot.index == bad), None)
 
