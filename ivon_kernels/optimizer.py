@@ -75,7 +75,9 @@ class IVON(Engine):
         sample_in_step: In train mode, let :meth:`step` write the next sample into the weights in the same pass.
             Call :meth:`eval` before reading or saving the weights.
         capturable: Let a CUDA graph capture the training step: ``lr`` becomes a float64 tensor on the device, which
-            schedulers of torch fill in place, and every replay draws fresh noise. Needs ``"triton"`` or ``"cuda"``.
+            schedulers of torch fill in place, and every replay draws fresh noise. Needs ``"triton"`` or ``"cuda"``, and
+            a warm-up step before the capture. Capture again after loading a state dict, and after moving or freezing
+            parameters: the graph holds the addresses of before.
 
     Parameter groups may override every hyperparameter but `mc_samples`, `sync`, `seed` and `capturable`.
 

@@ -149,11 +149,10 @@ class ParameterStore(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key in self._plain_attributes()}
         own["_skipped"] = self.skipped_steps
-        found = [control.found() for control in self._controls.values()] if self._samples.folded else []
         sums = {slot.index: slot.sums for slot in self._slots.values() if slot.sums is not None}
         samples = (self._samples.count, self._samples.folded, self._samples.nonfinite)
         active = [slot.index for slot in self._active_slots]
-        return {**super().__getstate__(), "_own": (own, samples, sums, active, found)}
+        return {**super().__getstate__(), "_own": (own, samples, sums, active, self._findings())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -171,15 +170,7 @@ class ParameterStore(Optimizer):
         self._set_state(dict(self.state))
         slots = {slot.index: slot for slot in self._slots.values()}
         self._activate([slots[index] for index in active])
-        for control in self._controls.values():
-            control.forget(*found)
-        if sums:
-            for arena in {slot.arena for slot in slots.values()}:
-                arena.clear_sums()
-            for index, pair in sums.items():
-                slots[index].summed = True
-                for own_sum, saved_sum in zip(slots[index].sums or (), pair, strict=True):
-                    own_sum.copy_(saved_sum)
+        self._carry_over(sums, found)
 
     @torch.no_grad()
     def _finish_loading(self) -> None:
@@ -331,8 +322,32 @@ class ParameterStore(Optimizer):
         ]
         if elsewhere:
             saved = {slot.param: slot.state() for slot in elsewhere}
+            sums = {slot.index: slot.sums for slot in elsewhere if slot.sums is not None}
+            found = self._findings()
             self._place([(slot.param, slot.group, slot.index) for slot in elsewhere], saved)
+            self._carry_over(sums, found)
         return bool(moved)
+
+    def _findings(self) -> list[int]:
+        """Which parameters had a bad gradient in the finished samples of this step. Waits for the devices."""
+        if not self._samples.folded:
+            return []
+        named = [slot.index for slot in self._ordered if slot.name == self._samples.nonfinite]
+        return named + [control.found() for control in self._controls.values()]
+
+    def _carry_over(self, sums: Mapping[int, tuple[Tensor, Tensor]], found: list[int]) -> None:
+        """Give new slots the sums of this step's finished samples, and the devices what was found in them."""
+        if found:
+            for control in self._controls.values():
+                control.forget(*found)
+        slots = {slot.index: slot for slot in self._slots.values() if slot.index in sums}
+        for arena in {slot.arena for slot in slots.values()}:
+            if arena.grad_sum is None:
+                arena.clear_sums()
+        for index, pair in sums.items():
+            slots[index].summed = True
+            for own, saved in zip(slots[index].sums or (), pair, strict=True):
+                own.copy_(saved)
 
     def _refresh(self) -> None:
         """Decide whose weights to sample: every trainable parameter, wherever it now lives."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import CPU, Case, assert_has_the_bits_of_the_reference
 
 from ivon_kernels import IVON, available_backends, noise
 from ivon_kernels.backends import cpu
@@ -52,74 +53,15 @@ def test_a_million_normals(level: str) -> None:
     assert torch.equal(cpu.normals(2**20 + 3, seed=99, step=0), noise.normals(2**20 + 3, seed=99, step=0))
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "gradsq": {"hess_approx": "gradsq"},
-    "clipped": {"clip_radius": 0.05, "rescale_lr": False},
-    "no debias": {"debias": False, "weight_decay": 0.0},
-    "one pass": {"sample_in_step": True},
-}
-
-
-def model(dtype: torch.dtype, layout: str) -> list[torch.nn.Parameter]:
-    generator = torch.Generator().manual_seed(3)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    tensors = [randn(size) for size in (0, 1, 5, 33, 2053)]
-    image = randn(2, 3, 5, 7)
-    tensors.append(image.to(memory_format=torch.channels_last) if layout == "channels_last" else image)
-    if layout == "strided":  # columns of a wider tensor, a transposed one, an unaligned one
-        tensors += [randn(129, 40)[:, 1:38:3], randn(129, 40).t(), randn(1001)[1:]]
-    return [torch.nn.Parameter(t) for t in tensors]
-
-
-def train(backend: str, dtype: torch.dtype, layout: str, samples: int, variant: dict[str, Any]) -> list[torch.Tensor]:
-    """Six steps with gradients that depend on the weights; returns every tensor of parameters and state."""
-    params = model(dtype, layout)
-    assert layout == "contiguous" or not all(p.is_contiguous() for p in params)
-    half = len(params) // 2
-    groups = [{"params": params[:half]}, {"params": params[half:], "lr": 0.02, "ess": 50.0, "beta2": 0.9}]
-    optimizer = IVON(groups, lr=0.1, ess=200.0, hess_init=0.5, beta2=0.95, seed=13, backend=backend, **variant)
-    for step in range(6):
-        for sample in range(samples):
-            if sample:
-                optimizer.next_sample()
-            optimizer.train()
-            for i, p in enumerate(params):
-                target = p.detach() * 0.7 + 0.01 * (step + i)
-                p.grad = target if p.dim() != 2 else target.t().contiguous().t()
-        optimizer.step()
-    optimizer.eval()
-    result = [p.detach() for p in params]
-    for p in params:
-        result += [optimizer.state[p][key] for key in ("step", "mean", "momentum", "hess")]
-    return result
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_training_has_the_bits_of_the_reference(dtype: torch.dtype, layout: str, samples: int, variant: str) -> None:
-    expected = train("reference", dtype, layout, samples, VARIANTS[variant])
-    actual = train("cpu", dtype, layout, samples, VARIANTS[variant])
-    for left, right in zip(actual, expected, strict=True):
-        assert torch.isfinite(left).all()
-        assert torch.equal(left, right)
+# ---- training: tests/test_backend_matrix.py has the rest ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", ["plain", "gradsq"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_levels_and_threads_give_the_same_bits(level: str, dtype: torch.dtype, variant: str) -> None:
-    expected = train("reference", dtype, "strided", 2, VARIANTS[variant])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_levels_and_threads_give_the_same_bits(level: str, dtype: str, variant: str) -> None:
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)
-        for left, right in zip(train("cpu", dtype, "strided", 2, VARIANTS[variant]), expected, strict=True):
-            assert torch.equal(left, right)
+        assert_has_the_bits_of_the_reference(CPU, Case(dtype, "strided", 2, variant))
 
 
 @pytest.mark.parametrize("hess_approx", ["price", "gradsq"])

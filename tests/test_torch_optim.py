@@ -186,6 +186,27 @@ def test_a_parameter_that_changed_its_dtype(backend: str) -> None:
     assert relative_error(flat(params), torch.cat([optimizer.state[p]["mean"].flatten() for p in params])) < 2**-8
 
 
+def test_a_move_between_samples_keeps_the_samples_before_it() -> None:
+    """A dtype of another backend stands for another device here: both give the parameter new state."""
+    trajectories = []
+    for moved in (False, True):
+        params = parameters(6, 4)
+        optimizer = IVON(params, seed=3, **OPTIONS)
+        optimizer.train()
+        for p in params:
+            p.grad = torch.full_like(p, 0.25)
+        optimizer.next_sample()
+        if moved:
+            params[0].data = params[0].data.double()
+            assert optimizer.state[params[0]]["mean"].dtype is torch.float32
+        for p in params:
+            p.grad = torch.full_like(p, 0.5)
+        optimizer.step()
+        trajectories.append([optimizer.state[p][key].float() for p in params for key in ("momentum", "hess")])
+    for left, right in zip(*trajectories, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_a_model_that_moved_to_another_device() -> None:

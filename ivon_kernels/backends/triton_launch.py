@@ -20,7 +20,7 @@ from torch import Tensor
 
 NUM_WARPS = 4
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}  # contraction would change the bits
-_SPARE = 4  # pinned buffers kept ready for CUDA graphs, which cannot wait for an allocation
+_SPARE = 16  # pinned buffers kept ready for CUDA graphs, which cannot wait for an allocation
 HostArray = Union["array[int]", bytearray]  # what tables are uploaded from
 _Launch = Callable[[int, Sequence[int]], object]
 
