@@ -73,7 +73,7 @@ def test_script_runs_every_part_and_reports_one_that_fails(tmp_path: Path) -> No
     assert names == {"check.log", "kernels.json", "kernels.png", "model.json", "host.json", "targets.json"}
     assert len(names) <= 8
     assert (tmp_path / "out" / "check.log").read_text() == output
-    assert "Targets (the worst case of each): a dry run" in output[-10_000:]  # where the end of a long output is looked at
+    assert "Targets (the worst case of each): a dry run" in output[-10_000:]
 
 
 def test_script_builds_with_cmake_where_pip_cannot(tmp_path: Path) -> None:
