@@ -9,6 +9,7 @@ from torch.autograd.graph import increment_version
 from ivon_kernels import distributed
 from ivon_kernels.arena import Slot, SlotList
 from ivon_kernels.backends import Backend, DeviceBackend, Draw, Guard
+from ivon_kernels.backends.device import BAD
 from ivon_kernels.gradients import Samples
 from ivon_kernels.parameters import ParameterStore
 
@@ -229,7 +230,7 @@ class Engine(ParameterStore):
         report = self.nonfinite == "raise" and found_inf is None
         devices = [part.slots[0].mean.device for _, part in launches]
         if len(set(devices)) > 1:
-            self._share_findings()
+            self._share_findings(devices)
         for number, (backend, part) in enumerate(launches):
             assert isinstance(backend, DeviceBackend)
             final = devices[number] not in devices[number + 1 :]
@@ -237,12 +238,12 @@ class Engine(ParameterStore):
             backend.step(part, draw, adopt=not held, draw_next=draw_next, guard=guard)
         self._after_step(launches, draw_next)
 
-    def _share_findings(self) -> None:
-        """Let every device know what the others found, without waiting."""
-        blocks = [control.block for control in self._controls.values()]
-        first = torch.stack([block[0].to(blocks[0].device, non_blocking=True) for block in blocks]).amin()
+    def _share_findings(self, devices: list[torch.device]) -> None:
+        """Let every device of this step know what the others found, without waiting; its final launch forgets it."""
+        blocks = [self._controls[device].block for device in dict.fromkeys(devices)]
+        first = torch.stack([block[BAD].to(blocks[0].device, non_blocking=True) for block in blocks]).amin()
         for block in blocks:
-            block[0].copy_(first, non_blocking=True)
+            block[BAD].copy_(first, non_blocking=True)
 
     def _after_step(self, launches: Launches, draw_next: bool) -> None:
         held = self._held is not None
