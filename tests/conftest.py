@@ -12,7 +12,10 @@ import torch
 from hypothesis import settings
 
 from ivon_kernels import available_backends, backends
+from ivon_kernels.backends.triton_launch import interpreted
 from tests import cuda_emulator
+
+interpreted()  # decides it for good: a test may change the variable later
 
 # The suite gives the same verdict every time; HYPOTHESIS_PROFILE=explore looks further, with fresh examples.
 settings.register_profile("suite", deadline=None, max_examples=40, derandomize=True, database=None, print_blob=True)
