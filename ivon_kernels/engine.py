@@ -224,7 +224,6 @@ class Engine(ParameterStore):
         self._check_capture()
         if found_inf is None and self.nonfinite != "ignore" and self._samples.folded < self._samples.count:
             self._check(launches)
-        self._check_capture()
         self._rows.update(self.param_groups, 1.0, self._samples.count)
         draw, held = self._train_draw(), self._held is not None
         report = self.nonfinite == "raise" and found_inf is None

@@ -374,12 +374,12 @@ class IVON(Engine):
 
         The host does not wait for the device, so it may learn of it a step or more later.
         """
-        for control in self._controls.values():
-            index = control.new_report()
-            if index is not None:
-                self.discard_samples()
-                name = next((slot.name for slot in self._ordered if slot.index == index), f"parameter {index}")
-                raise self._nonfinite_error(name, "the device did not take that step")
+        reports = [control.new_report() for control in self._controls.values()]  # devices may report the same step
+        index = next((report for report in reports if report is not None), None)
+        if index is not None:
+            self.discard_samples()
+            name = next((slot.name for slot in self._ordered if slot.index == index), f"parameter {index}")
+            raise self._nonfinite_error(name, "the device did not take that step")
 
     def _run_closure(self, closure: Closure) -> Any:
         losses = []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ivon_kernels import _native
 
-__all__ = ["CHANGED", "IRREGULAR", "LAYOUT_WIDTH", "MAX_DIMS", "MISSING", "Pointers", "unavailable"]
+__all__ = ["CHANGED", "DTYPES", "IRREGULAR", "LAYOUT_WIDTH", "MAX_DIMS", "MISSING", "Pointers", "unavailable"]
 
 MISSING = 1  # a gradient is None
 IRREGULAR = 2  # a gradient that needs Tensor operations or set_grads first
@@ -28,7 +28,7 @@ CHANGED = 4  # within this file and csrc/host: an address or dtype is new
 
 MAX_DIMS = 25  # of a layout row, as in csrc/cpu/ivon_cpu.h
 LAYOUT_WIDTH = 1 + 3 * MAX_DIMS
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as every compiled backend numbers them
 
 _ABI = 2
 _RECORD_WIDTH = 7  # int64 fields of struct IvonHostRecord; sizes, strides and gradient strides follow
@@ -310,7 +310,7 @@ class Pointers:
             if grad.is_neg():
                 grad = grad.resolve_neg()
                 self._kept.append(grad)
-            addresses[i], dtypes[i], strides[i] = grad.data_ptr(), _DTYPES[grad.dtype], grad.stride()
+            addresses[i], dtypes[i], strides[i] = grad.data_ptr(), DTYPES[grad.dtype], grad.stride()
         self._write_grads(addresses, dtypes)
         self._expect(strides)
 
@@ -365,7 +365,7 @@ class Pointers:
             return IRREGULAR
         try:
             read = list(map(Tensor.data_ptr, present))
-            dtypes_read = list(map(_DTYPES.__getitem__, map(_DTYPE_OF, present)))
+            dtypes_read = list(map(DTYPES.__getitem__, map(_DTYPE_OF, present)))
             regular = self._regular(present, read, places)
         except (RuntimeError, KeyError):  # without strides or storage; of another dtype
             return IRREGULAR
@@ -398,8 +398,8 @@ def _has_plain_attributes(kind: type) -> bool:
 def _check_grad(grad: Tensor, shape: torch.Size, device: torch.device) -> None:
     if grad.layout is not torch.strided:
         raise ValueError(f"a gradient has layout {grad.layout}; the kernels take dense ones only")
-    if grad.dtype not in _DTYPES:
-        raise TypeError(f"a gradient has dtype {grad.dtype}; the kernels take {', '.join(map(str, _DTYPES))}")
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"a gradient has dtype {grad.dtype}; the kernels take {', '.join(map(str, DTYPES))}")
     if grad.shape != shape or grad.device != device:
         raise ValueError(
             f"a gradient has shape {tuple(grad.shape)} on {grad.device}, its parameter {tuple(shape)} on {device}"

@@ -12,9 +12,9 @@ import torch
 from ivon_kernels import _native
 from ivon_kernels.arena import SlotList
 from ivon_kernels.backends.base import Backend, Draw
+from ivon_kernels.pointers import DTYPES
 
 _ABI = 2
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SIMD_VARIABLE = "IVON_KERNELS_SIMD"
 SIMD_LEVELS = ("avx512", "avx2", "baseline", "neon")
 
@@ -147,7 +147,7 @@ class _Table:
         self.set("numel", [slot.param.numel() for slot in self.slots])
         self.set("index", [slot.index for slot in self.slots])
         self.set("row", [slot.group for slot in self.slots])
-        self.set("param_dtype", [_DTYPES[slot.param.dtype] for slot in self.slots])
+        self.set("param_dtype", [DTYPES[slot.param.dtype] for slot in self.slots])
         pointers = slots.pointers
         assert pointers is not None
         self.call = _Call(tensors=self.rows.buffer_info()[0], count=len(self.slots))
@@ -178,8 +178,8 @@ class CpuBackend(Backend):
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
             return f"it takes tensors on the CPU, not on {device}"
-        if dtype not in _DTYPES:
-            return f"it takes {', '.join(str(d) for d in _DTYPES)}, not {dtype}"
+        if dtype not in DTYPES:
+            return f"it takes {', '.join(str(d) for d in DTYPES)}, not {dtype}"
         return None
 
     def sample(self, slots: SlotList, draw: Draw, adopt: bool) -> None:

@@ -17,13 +17,13 @@ from torch import Tensor
 from ivon_kernels import _native
 from ivon_kernels.backends.base import Draw, Guard
 from ivon_kernels.backends.device import DeviceBackend
+from ivon_kernels.pointers import DTYPES
 
 if TYPE_CHECKING:
     from ivon_kernels.arena import Arena, Slot, SlotList
     from ivon_kernels.pointers import Pointers
 
 _ABI = 1
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CAPABILITY = (8, 0)  # of the oldest device that the library is compiled for
 _OPERATIONS = ("sample", "restore", "check", "accumulate", "step")
 _ALONE = Guard()
@@ -108,7 +108,7 @@ class _Part:
         self.tensors = array("q")
         for number, slot in members:
             self.tensors.extend((number, arena.offsets[slot.position], slot.param.numel(), slot.index))
-            self.tensors.extend((slot.position, slot.group, _DTYPES[slot.param.dtype]))
+            self.tensors.extend((slot.position, slot.group, DTYPES[slot.param.dtype]))
         self.call = _Call(
             params=pointers.params.buffer_info()[0],
             grads=pointers.grads.buffer_info()[0],
@@ -219,8 +219,8 @@ class CudaBackend(DeviceBackend):
         wanted = "cpu" if self.emulated else "cuda"
         if device.type != wanted:
             return f"it takes tensors on {'the CPU (emulator)' if self.emulated else 'CUDA devices'}, not on {device}"
-        if dtype not in _DTYPES:
-            return f"it takes {', '.join(str(d) for d in _DTYPES)}, not {dtype}"
+        if dtype not in DTYPES:
+            return f"it takes {', '.join(str(d) for d in DTYPES)}, not {dtype}"
         if not self.emulated and torch.cuda.get_device_capability(device) < _CAPABILITY:
             return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
         return None

@@ -18,11 +18,11 @@ import torch
 from ivon_kernels.backends.base import Draw, Guard
 from ivon_kernels.backends.device import DeviceBackend
 from ivon_kernels.backends.triton_launch import Kernel, Mirror, installed, interpreted, is_capturing
+from ivon_kernels.pointers import DTYPES
 
 if TYPE_CHECKING:
     from ivon_kernels.arena import Arena, SlotList
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of Pointers.grad_dtypes
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 _BLOCK = 1024  # elements at a time: 8 a thread ...
 _AWKWARD_BLOCK = 512  # ... or 4, where index arithmetic needs the registers
@@ -105,7 +105,7 @@ class _Plan:
         self._sums = Mirror(self.device, self._sum_rows)
         self._rows = Mirror(self.device, lambda: self.rows.data)
         self.numels = [slot.param.numel() for slot in self.slots]
-        self.dtypes = [_DTYPES.index(slot.param.dtype) for slot in self.slots]
+        self.dtypes = [DTYPES[slot.param.dtype] for slot in self.slots]
         self.grad_dtypes = list(self.dtypes)
         self._dtypes_seen = b""
         self._grads_version = -1
@@ -247,8 +247,8 @@ class TritonBackend(DeviceBackend):
             return f"it takes tensors on a GPU, not on {device}"
         elif device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return "it takes NVIDIA GPUs of compute capability 8.0 and later"
-        if dtype not in _DTYPES:
-            return f"it takes {', '.join(map(str, _DTYPES))}, not {dtype}"
+        if dtype not in DTYPES:
+            return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
         return None
 
     def sample(self, slots: SlotList, draw: Draw, adopt: bool) -> None:
