@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ivon_kernels import sharding
+from ivon_kernels.noise import Shard
 from ivon_kernels.pointers import Pointers
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from ivon_kernels.backends.base import Backend
     from ivon_kernels.backends.device import Control
     from ivon_kernels.hyperparameters import Rows
@@ -35,6 +39,8 @@ class Arena:
         noise: float32 ``[total]`` or None: the normals of the last training sample, for backends that keep them.
         noise_tags: int64 ``[parameters, 4]``: whose it is (seed, step, sample, replica).
         grad_sum, second_sum: ``[total]`` or None; sums over finished MC samples, made when a second sample is drawn.
+        sums: ``[2 total + parameters + 4]`` or None: the memory of both, and of `tail`, which goes along when ranks add
+            up their sums (:mod:`ivon_kernels.distributed`).
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device, dtype: torch.dtype, keep_noise: bool) -> None:
@@ -50,31 +56,41 @@ class Arena:
         self.control: Control | None = None
         self.noise = torch.empty(total, device=device) if keep_noise else None
         self.noise_tags = torch.full((len(sizes), 4), -1, dtype=torch.int64)
+        self.sums: Tensor | None = None
         self.grad_sum: Tensor | None = None
         self.second_sum: Tensor | None = None
 
     def clear_sums(self) -> tuple[Tensor, Tensor]:
         """Zeroed sums, allocated on first use."""
-        if self.grad_sum is None or self.second_sum is None:
-            self.grad_sum = torch.zeros_like(self.mean)
-            self.second_sum = torch.zeros_like(self.mean)
+        if self.sums is None:
+            total = self.mean.numel()
+            self.sums = self.mean.new_zeros(2 * total + len(self.offsets) + 4)
+            self.grad_sum, self.second_sum = self.sums[:total], self.sums[total : 2 * total]
         else:
-            self.grad_sum.zero_()
-            self.second_sum.zero_()
+            self.sums.zero_()
+        assert self.grad_sum is not None and self.second_sum is not None
         return self.grad_sum, self.second_sum
+
+    @property
+    def tail(self) -> Tensor:
+        """``[parameters + 4]``, behind the sums."""
+        assert self.sums is not None
+        return self.sums[2 * self.mean.numel() :]
 
 
 @dataclass(eq=False)
 class Slot:
-    """One parameter as the backends see it. State tensors have the parameter's shape and are contiguous."""
+    """One parameter as the backends see it. State tensors have its shape and are contiguous."""
 
-    param: Tensor
+    param: Tensor  # the memory that is trained: the parameter, or the local shard of a DTensor
     name: str
     index: int  # position among all parameters of the optimizer: the noise's parameter index
     group: int
     backend: Backend
     arena: Arena
     position: int  # in the arena
+    dtensor: DTensor | None = None  # the parameter, if `param` is only its local shard
+    shard: Shard | None = None  # where the elements of `param` are in the unsharded parameter; None: it is whole
     mean: Tensor = field(init=False)
     momentum: Tensor = field(init=False)
     hess: Tensor = field(init=False)
@@ -90,12 +106,28 @@ class Slot:
         offset = self.arena.offsets[self.position]
         return flat[offset : offset + self.param.numel()].view(self.param.shape)
 
+    @property
+    def parameter(self) -> Tensor:
+        """What the optimizer was given: it has the gradient and says whether it is trained."""
+        return self.param if self.dtensor is None else self.dtensor
+
+    def grad_now(self) -> Tensor | None:
+        """The parameter's gradient, of a DTensor the local shard of it."""
+        grad = self.parameter.grad
+        return grad if grad is None or self.dtensor is None else sharding.local_grad(grad, self.dtensor)
+
     def moved(self) -> bool:
         """Whether the parameter's memory or its strides changed."""
-        return (self.param.data_ptr(), self.param.stride()) != (self.address, self.strides)
+        return self.replaced() or (self.param.data_ptr(), self.param.stride()) != (self.address, self.strides)
+
+    def replaced(self) -> bool:
+        """Whether a DTensor has another tensor for its local shard."""
+        return self.dtensor is not None and sharding.local(self.dtensor) is not self.param
 
     def remember_storage(self) -> None:
         """Note where the parameter's memory is and how it is laid out."""
+        if self.dtensor is not None:
+            self.param = sharding.local(self.dtensor)
         self.address = self.param.data_ptr()
         self.strides = self.param.stride()
 
@@ -103,6 +135,16 @@ class Slot:
     def step(self) -> int:
         """Finished updates. Waits for the device that counts them."""
         return int(self.arena.steps[self.position])
+
+    @property
+    def placement(self) -> Shard:
+        """`shard`, also for a whole tensor. Elements that are neighbours throughout are one run, of a multiple of 4."""
+        numel = self.param.numel()
+        shard = self.shard or Shard(0, numel, numel)
+        if shard.run < min(numel, shard.pitch):
+            return shard
+        run = max(4, -(-numel // 4) * 4)
+        return Shard(shard.start, run, run)
 
     @property
     def noise(self) -> Tensor | None:
@@ -126,11 +168,18 @@ class Slot:
             self.hess.fill_(hess_init)
         else:
             for key in STATE_KEYS:
-                getattr(self, key).copy_(saved[key])
+                getattr(self, key).copy_(sharding.localize(saved[key], self.dtensor))
 
     def state(self) -> dict[str, Any]:
-        """What ``optimizer.state[param]`` holds."""
-        return {"step": self.arena.steps[self.position], **{key: getattr(self, key) for key in STATE_KEYS}}
+        """What ``optimizer.state[param]`` holds: DTensors for a DTensor."""
+        return {
+            "step": self.arena.steps[self.position],
+            **{key: self.outside(getattr(self, key)) for key in STATE_KEYS},
+        }
+
+    def outside(self, value: Tensor) -> Tensor:
+        """A tensor of this slot as users see it: in the placement of the parameter."""
+        return value if self.dtensor is None else sharding.like(value, self.dtensor)
 
     def adopt_edits(self) -> None:
         """Take weights that were edited from outside (while they held the mean) over as the new mean."""
@@ -157,12 +206,16 @@ class SlotList:
         self.rows = rows
         self.summed = False
         self.cache: Any = None
+        self._sharded = [slot for slot in slots if slot.dtensor is not None]
 
     def moved(self, *, trained: bool = True) -> bool:
         """Whether a parameter's memory, strides or dtype, or with `trained` its ``requires_grad``, has changed."""
-        if self.pointers is not None:
-            return self.pointers.moved(trained=trained)
-        return any(slot.moved() or (trained and not slot.param.requires_grad) for slot in self.slots)
+        if self.pointers is None:
+            return any(slot.moved() or (trained and not slot.parameter.requires_grad) for slot in self.slots)
+        if self.pointers.moved(trained=trained):
+            return True
+        # The pointers see local shards, not the DTensors that they belong to.
+        return any(slot.replaced() or (trained and not slot.parameter.requires_grad) for slot in self._sharded)
 
 
 def by_backend(slots: list[Slot], rows: Rows) -> list[tuple[Backend, SlotList]]:

@@ -15,10 +15,12 @@ twin.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["EVAL_STEP", "box_muller", "normals", "philox4x32"]
+__all__ = ["EVAL_STEP", "Shard", "box_muller", "normals", "normals_at", "philox4x32"]
 
 EVAL_STEP = 2**32 - 1
 """The step reserved for evaluation samples; training steps count from 0 and stay below it."""
@@ -36,6 +38,22 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOG = (-2.0, 0.99999976, -0.66668373, 0.5000415, -0.39913666, 0.33124787, -0.29904532, 0.2873369, -0.17444715)
 _SIN = (1.1107208, -0.45676515, 0.05634243, -0.0032542306)
 _COS = (0.70710677, -0.8723555, 0.17932132, -0.014430884)
+
+
+class Shard(NamedTuple):
+    """Where a local shard's elements are in the unsharded tensor.
+
+    Local element ``i`` (row-major) has the index ``start + (i // run) * pitch + i % run``.
+    """
+
+    start: int
+    run: int  # elements that are neighbours in both; >= 1
+    pitch: int  # from the beginning of one run to that of the next, in the unsharded tensor; >= run
+
+    @property
+    def aligned(self) -> bool:
+        """Whether elements ``4 i .. 4 i + 3`` are from one block of the noise."""
+        return self.start % 4 == self.run % 4 == self.pitch % 4 == 0
 
 
 def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
@@ -123,6 +141,21 @@ def _check(numel: int, start: int, **words: int) -> None:
         raise ValueError(f"elements {start} .. {start} + {numel} are outside [0, 2^42)")
 
 
+def _draw(block: Tensor, seed: int, step: int, sample: int, replica: int, param: int) -> Tensor:
+    """The four normals of each block, ``[blocks, 4]``."""
+    counter = torch.stack(
+        (
+            block & _MASK32,
+            (block >> 32) | (param << 8),
+            torch.full_like(block, step),
+            torch.full_like(block, sample | (replica << 16)),
+        ),
+        dim=-1,
+    )
+    w0, w1, w2, w3 = philox4x32(counter, (seed & _MASK32, seed >> 32)).unbind(-1)
+    return torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1)
+
+
 def normals(
     numel: int,
     *,
@@ -158,17 +191,30 @@ def normals(
         end = min(begin + _CHUNK, numel)
         first, last = (start + begin) // 4, (start + end + 3) // 4
         block = torch.arange(first, last, dtype=torch.int64, device=device)
-        counter = torch.stack(
-            (
-                block & _MASK32,
-                (block >> 32) | (param << 8),
-                torch.full_like(block, step),
-                torch.full_like(block, sample | (replica << 16)),
-            ),
-            dim=-1,
-        )
-        w0, w1, w2, w3 = philox4x32(counter, (seed & _MASK32, seed >> 32)).unbind(-1)
-        z = torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1).flatten()
         skip = start + begin - 4 * first
+        z = _draw(block, seed, step, sample, replica, param).flatten()
         out[begin:end] = z[skip : skip + end - begin]
+    return out
+
+
+def normals_at(elements: Tensor, *, seed: int, step: int, sample: int = 0, replica: int = 0, param: int = 0) -> Tensor:
+    """Draw any elements of a stream: ``normals_at(torch.arange(s, s + n))`` equals ``normals(n, start=s)``.
+
+    Args:
+        elements: int64 ``[n]``, indices in the unsharded tensor's row-major order, each in ``[0, 2^42)``.
+        seed, step, sample, replica, param: As in :func:`normals`.
+
+    Returns:
+        float32 ``[n]`` on the device of `elements`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    least, most = (0, -1) if elements.numel() == 0 else (int(x) for x in elements.aminmax())
+    _check(most + 1 - least, least, seed=seed, step=step, sample=sample, replica=replica, param=param)
+    out = torch.empty(elements.shape, dtype=torch.float32, device=elements.device)
+    for begin in range(0, elements.numel(), _CHUNK // 4):
+        part = elements[begin : begin + _CHUNK // 4]
+        z = _draw(part // 4, seed, step, sample, replica, param)
+        out[begin : begin + _CHUNK // 4] = z.gather(-1, (part % 4).unsqueeze(-1)).squeeze(-1)
     return out

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +22,8 @@ from ivon_kernels.backends.base import Draw
 from ivon_kernels.backends.cuda import CudaBackend
 from ivon_kernels.backends.device import NOTHING_BAD, Control
 from ivon_kernels.backends.reference import ReferenceBackend
+from ivon_kernels.backends.triton import TritonBackend
+from ivon_kernels.backends.triton_launch import interpreted
 from ivon_kernels.hyperparameters import Rows
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "launch.cu"
@@ -47,15 +52,29 @@ DRAW = Draw(seed=2**64 - 3, sample=0, replica=3)
 
 @functools.cache
 def emulator() -> CudaBackend:
-    """The backend on a library in which loops stand for blocks and threads; compiled once per process."""
-    with tempfile.TemporaryDirectory() as directory:
-        library = Path(directory) / "libivon_cuda_emulated.so"
-        command = [str(COMPILER), "-x", "c++", str(SOURCE), *FLAGS, *TRAPS, "-DIVON_EMULATE", "-shared", "-fPIC"]
-        result = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True, check=False)
-        assert result.returncode == 0 and not result.stderr, result.stderr
-        backend = CudaBackend(str(library))
-        assert backend.unavailable() is None  # loads it
+    """The backend on a library in which loops stand for blocks and threads."""
+    backend = CudaBackend(str(_library()))
+    assert backend.unavailable() is None
     return backend
+
+
+def _library() -> Path:
+    """Compiles it, once for all processes: its name tells the sources, the flags and the compiler."""
+    command = [str(COMPILER), "-x", "c++", str(SOURCE), *FLAGS, *TRAPS, "-DIVON_EMULATE", "-shared", "-fPIC"]
+    content = hashlib.sha256(repr(command).encode())
+    for path in sorted(SOURCE.parents[1].rglob("*.[hc]*")):
+        content.update(path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"ivon_kernels-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"libivon_cuda_emulated-{content.hexdigest()[:16]}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            unfinished = library.with_suffix(".unfinished")
+            result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+            assert result.returncode == 0 and not result.stderr, result.stderr
+            unfinished.rename(library)
+    return library
 
 
 def backend_on(where: str) -> CudaBackend:
@@ -96,7 +115,10 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def device_of(backend: Any) -> torch.device:
-    return torch.device("cuda", 0) if isinstance(backend, CudaBackend) and not backend.emulated else torch.device("cpu")
+    """A GPU for what runs on one: the cuda backend itself, and triton where it is not interpreted."""
+    on_gpu = isinstance(backend, TritonBackend) and not interpreted()
+    on_gpu |= isinstance(backend, CudaBackend) and not backend.emulated
+    return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
 
 
 class Side:

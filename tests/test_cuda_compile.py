@@ -18,6 +18,8 @@ SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 FLAGS = ("-std=c++17", "--fmad=false", "-O3")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 OPERATIONS = ("kSample", "kRestore", "kCheck", "kAccumulate", "kStep")
+KERNELS = [f"kernel<{name}, SmallArguments>" for name in OPERATIONS]
+KERNELS += [f"kernel<{name}, GatheredArguments>" for name in ("kSample", "kAccumulate", "kStep")]
 
 # Issued instructions per element with float32 parameters and gradients, contiguous and aligned; the slow paths that a
 # division or a square root takes for subnormal numbers do not count, the calls to them do.
@@ -26,25 +28,30 @@ OPERATIONS = ("kSample", "kRestore", "kCheck", "kAccumulate", "kStep")
 # bytes: below 8.8 instructions per byte the memory is what takes the time. Bytes per element: step 32 (gradient and
 # weights once, three state tensors read and written), sample 12, accumulate 20.
 PER_BYTE = 132 * 4 * 32 * 1.755e9 / 3.35e12
-HOT = {  # name: (function, draw_next, bytes, budget of instructions, 128-bit loads, 128-bit stores)
-    "step": ("step_quad", "false", 32, 145, 4, 4),
-    "step_draw_next": ("step_quad", "true", 32, 230, 4, 4),
-    "sample": ("sample_quad", "false", 12, 98, 2, 1),
-    "accumulate": ("accumulate_quad", "false", 20, 72, 3, 2),
+HOT = {  # name: (function, draw_next, arguments, bytes, budget of instructions, 128-bit loads, 128-bit stores)
+    "step": ("step_quad", "false", "SmallArguments", 32, 145, 4, 4),
+    "step_draw_next": ("step_quad", "true", "SmallArguments", 32, 230, 4, 4),
+    "sample": ("sample_quad", "false", "SmallArguments", 12, 98, 2, 1),
+    "accumulate": ("accumulate_quad", "false", "SmallArguments", 20, 72, 3, 2),
+    "step_gathered": ("step_quad", "false", "GatheredArguments", 32, 155, 4, 4),
+    "sample_gathered": ("sample_quad", "false", "GatheredArguments", 12, 105, 2, 1),
 }
 
 PROBE = """
 #include "kernels.h"
 using namespace ivon::scalar;
-const void* kernels[] = {OPERATIONS};
+const void* kernels[] = {KERNELS};
+inline __device__ void align(BlockContext&) {}
+inline __device__ void align(GatheredContext& c) { c.aligned = true; }
 // The body of a kernel as it is where nothing special is to be done.
-#define HOT(name, function, next)                                                                      \\
+#define HOT(name, function, next, Args)                                                                \\
   extern "C" __global__ void __launch_bounds__(kThreads, kResidentBlocks)                              \\
-      hot_##name(const __grid_constant__ SmallArguments args) {                                        \\
-    __shared__ BlockContext shared;                                                                    \\
+      hot_##name(const __grid_constant__ Args args) {                                                  \\
+    __shared__ Args::Context shared;                                                                   \\
     if (threadIdx.x == 0) prepare<kStep>(args, blockIdx.x, shared);                                    \\
     __syncthreads();                                                                                   \\
-    BlockContext c = shared;                                                                           \\
+    Args::Context c = shared;                                                                          \\
+    align(c);                                                                                          \\
     c.scalars.gradsq = 0.0f;                                                                           \\
     c.tensor.word = (c.tensor.word & 0xffffff00u) | kParamVector | kGradVector;                        \\
     c.tensor.layout = nullptr;                                                                         \\
@@ -71,9 +78,8 @@ def known_architectures() -> set[str]:
 
 @pytest.fixture(scope="module")
 def probe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    kernels = ", ".join(f"reinterpret_cast<const void*>(kernel<{name}, SmallArguments>)" for name in OPERATIONS)
-    text = PROBE.replace("OPERATIONS", kernels)
-    text += "".join(f"HOT({name}, {function}, {draw_next})\n" for name, (function, draw_next, *_) in HOT.items())
+    text = PROBE.replace("KERNELS", ", ".join(f"reinterpret_cast<const void*>({kernel})" for kernel in KERNELS))
+    text += "".join(f"HOT({name}, {', '.join(how[:3])})\n" for name, how in HOT.items())
     path = tmp_path_factory.mktemp("probe") / "probe.cu"
     path.write_text(text)
     return path
@@ -114,14 +120,14 @@ def disassemble(cubin: Path) -> dict[str, list[str]]:
 def test_nothing_spills(compiled: tuple[Path, str]) -> None:
     _, report = compiled
     sizes = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert len(sizes) >= len(OPERATIONS) + len(HOT) and set(sizes) == {("0", "0", "0")}
+    assert len(sizes) >= len(KERNELS) + len(HOT) and set(sizes) == {("0", "0", "0")}
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
     assert max(registers) <= 80  # three blocks of 256 threads share 65536
 
 
 def test_few_instructions_and_wide_accesses(compiled: tuple[Path, str]) -> None:
     kernels = disassemble(compiled[0])
-    for name, (_, _, size, budget, loads, stores) in HOT.items():
+    for name, (*_, size, budget, loads, stores) in HOT.items():
         assert name == "step_draw_next" or budget < size * PER_BYTE  # that one saves a whole launch of `sample`
         code = kernels[f"hot_{name}"]
         begin = next(i for i, line in enumerate(code) if line.startswith("BAR.SYNC"))
@@ -137,13 +143,17 @@ def test_kernels_read_and_write_128_bits(compiled: tuple[Path, str]) -> None:
     """The kernels themselves, where the compiler has all the other cases to see to."""
     kernels = disassemble(compiled[0])
     for number, operation in enumerate(OPERATIONS):
-        code = next(lines for name, lines in kernels.items() if f"OperationE{number}" in name)
-        wide = {kind: sum(bool(re.search(rf"{kind}\.\S*\.128\b", line)) for line in code) for kind in ("LDG", "STG")}
+        codes = [lines for name, lines in kernels.items() if f"OperationE{number}" in name]
+        assert len(codes) == sum(f"<{operation}," in kernel for kernel in KERNELS)
         loads, stores = {"kSample": (2, 1), "kRestore": (1, 1), "kCheck": (1, 0), "kAccumulate": (3, 2)}.get(
             operation, (4, 4)
         )
-        assert wide["LDG"] >= loads and wide["STG"] >= stores, (operation, wide)
-        assert not any(re.search(r"\b(LDL|STL)\b", line) for line in code)
+        for code in codes:
+            wide = {
+                kind: sum(bool(re.search(rf"{kind}\.\S*\.128\b", line)) for line in code) for kind in ("LDG", "STG")
+            }
+            assert wide["LDG"] >= loads and wide["STG"] >= stores, (operation, wide)
+            assert not any(re.search(r"\b(LDL|STL)\b", line) for line in code)
 
 
 def test_nothing_is_contracted(probe: Path) -> None:

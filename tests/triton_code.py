@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 BLOCK = 1024
 AWKWARD_BLOCK = 512
 THREADS = 128
+WHOLE, ALIGNED, ANY = range(3)  # of Job.shard
 GPUS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
-# The constexpr arguments of each kernel, before AWKWARD and BLOCK.
+# The constexpr arguments of each kernel, before AWKWARD, SHARD and BLOCK.
 FLAGS = {
     "normals": (),
     "division": ("ROOTS", "QUOTIENTS"),
@@ -40,6 +41,12 @@ class Job(NamedTuple):
     gpu: str
     flags: tuple[Any, ...]
     awkward: bool = False
+    shard: int = WHOLE
+
+
+def block_of(job: Job) -> int:
+    """The elements at a time, as ivon_kernels/backends/triton.py chooses them."""
+    return AWKWARD_BLOCK if job.awkward or job.shard == ANY else BLOCK
 
 
 class Code(NamedTuple):
@@ -114,13 +121,14 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _nvidia(compiled: Any) -> dict[str, Any]:
+def _nvidia(compiled: Any, whole: bool) -> dict[str, Any]:
+    """What PTX and the cubin's header say; with `whole` also the disassembly, which takes as long as ptxas."""
     ptx = compiled.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder, "kernel.cubin"))
         Path(cubin).write_bytes(compiled.asm["cubin"])
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _tool("cuobjdump", "-res-usage", cubin)))
-        sass = _tool("nvdisasm", "-c", cubin)
+        sass = _tool("nvdisasm", "-c", cubin) if whole else ""
     code, _ = instructions(sass)
     return {
         "registers": int(usage["REG"]),
@@ -178,15 +186,17 @@ def compile_job(job: Job) -> Code:
     probe = job.kernel in ("normals", "division")
     kernel = getattr(triton_probes if probe else triton_kernels, f"{job.kernel}_kernel")
     flags = dict(zip(FLAGS[job.kernel], (getattr(tl, f) if isinstance(f, str) else f for f in job.flags), strict=True))
-    constants = {**flags, "BLOCK": AWKWARD_BLOCK if job.awkward else BLOCK}
+    constants = {**flags, "BLOCK": block_of(job)}
     if not probe:
         constants["AWKWARD"] = job.awkward
+    if job.kernel in ("sample", "accumulate", "step"):
+        constants["SHARD"] = job.shard
     signature = {name: "constexpr" if name in constants else "i64" for name in kernel.arg_names}
     amd = job.gpu.startswith("gfx")
     target = GPUTarget("hip", job.gpu, 64) if amd else GPUTarget("cuda", int(job.gpu.removeprefix("sm_")), 32)
     start = time.perf_counter()
     compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=target, options=dict(OPTIONS))
-    found = _amd(compiled) if amd else _nvidia(compiled)
+    found = _amd(compiled) if amd else _nvidia(compiled, not job.awkward)
     seconds = time.perf_counter() - start
     conversions = compiled.asm["ttgir"].count("ttg.convert_layout")
     return Code(**found, shared=compiled.metadata.shared, conversions=conversions, seconds=seconds)
@@ -204,7 +214,7 @@ def compile_all(jobs: Sequence[Job]) -> dict[Job, Code]:
 
 
 def _main() -> None:
-    jobs = [Job(kernel, gpu, tuple(flags), awkward) for kernel, gpu, flags, awkward in json.load(sys.stdin)]
+    jobs = [Job(kernel, gpu, tuple(flags), *others) for kernel, gpu, flags, *others in json.load(sys.stdin)]
     sys.stdout.write(json.dumps([compile_job(job) for job in jobs]))
 
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define IVON_CPU_ABI 2
+#define IVON_CPU_ABI 3
 #define IVON_CPU_MAX_DIMS 25
 
 #if defined(__GNUC__)
@@ -46,6 +46,9 @@ struct IvonTensor {
   int64_t index;  // parameter index of the noise
   int64_t row;    // the parameter group's row
   int64_t param_dtype;
+  int64_t start;  // element i has the noise of index start + (i / run) * pitch + i % run
+  int64_t run;    // at least 1; at least numel if all elements are neighbours
+  int64_t pitch;
 
   void* param;
   const void* grad;

@@ -49,17 +49,34 @@ struct VectorKeys {
   VWord firsts[kPhiloxRounds], seconds[kPhiloxRounds];
 };
 
-// The words of kLanes consecutive blocks, none of which crosses a multiple of 2^32: w0 of every lane, then w1, w2, w3.
-IVON_FN void word_group(float* out, const NoiseStream& s, const VectorKeys& keys, uint64_t block) {
-  const VWord w1 = VWord{} + counter_word1(s, block), w2 = VWord{} + s.step, w3 = VWord{} + s.sample_replica;
-  PhiloxBlock<VFloat> even{block_offsets(0) + block, w1, w2, w3};
-  PhiloxBlock<VFloat> odd{block_offsets(1) + block, w1, w2, w3};
+// The words of the blocks whose first two counter words are given for the even and the odd lanes: w0 of every lane,
+// then w1, w2, w3.
+IVON_FN void word_group(float* out, const NoiseStream& s, const VectorKeys& keys, VWord even0, VWord even1, VWord odd0,
+                        VWord odd1) {
+  const VWord w2 = VWord{} + s.step, w3 = VWord{} + s.sample_replica;
+  PhiloxBlock<VFloat> even{even0, even1, w2, w3};
+  PhiloxBlock<VFloat> odd{odd0, odd1, w2, w3};
   philox4x32<VFloat>(even, keys);
   philox4x32<VFloat>(odd, keys);
   store(out, (VFloat)interleave(even.w0, odd.w0));
   store(out + kLanes, (VFloat)interleave(even.w1, odd.w1));
   store(out + 2 * kLanes, (VFloat)interleave(even.w2, odd.w2));
   store(out + 3 * kLanes, (VFloat)interleave(even.w3, odd.w3));
+}
+
+// The words of kLanes consecutive blocks, none of which crosses a multiple of 2^32.
+IVON_FN void word_group(float* out, const NoiseStream& s, const VectorKeys& keys, uint64_t block) {
+  const VWord w1 = VWord{} + counter_word1(s, block);
+  word_group(out, s, keys, block_offsets(0) + block, w1, block_offsets(1) + block, w1);
+}
+
+// The words of kLanes blocks, given in the order of their lanes: even lanes first.
+IVON_FN void word_group(float* out, const NoiseStream& s, const VectorKeys& keys, const uint64_t* blocks) {
+  VWord even, odd;
+  __builtin_memcpy(&even, blocks, sizeof even);
+  __builtin_memcpy(&odd, blocks + kLanes / 2, sizeof odd);
+  const uint64_t param = counter_word1(s, 0);
+  word_group(out, s, keys, even, even >> 32 | param, odd, odd >> 32 | param);
 }
 
 // The words of a group to its normals, in place and in order.
@@ -136,6 +153,57 @@ void normals(float* out, int64_t n, const NoiseStream& s, int64_t start, const S
   }
 }
 
+// A shard's elements begin .. begin + n, where start, run and pitch are multiples of 4: the four normals of a block
+// stay together, and the lanes of a group take whatever blocks come next.
+void aligned_shard_normals(float* out, int64_t n, const NoiseStream& s, const IvonTensor& t, int64_t begin,
+                           const Streams& streams) {
+  const VectorKeys keys(s.seed);
+  const int64_t run = t.run / 4, step_over = (t.pitch - t.run) / 4 + 1;
+  uint64_t block = static_cast<uint64_t>(t.start + begin / t.run * t.pitch + begin % t.run) / 4;
+  int64_t left = run - begin % t.run / 4;  // blocks until the next gap
+  alignas(64) uint64_t blocks[kChunk / 4];
+  for (int64_t first = 0; first < (n + 3) / 4; first += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t lane = i % (kLanes / 4) * 4 + i / (kLanes / 4);  // see block_offsets
+      blocks[first + lane % 2 * (kLanes / 2) + lane / 2] = block;
+      const bool last = --left == 0;
+      block += last ? step_over : 1, left = last ? run : left;
+    }
+  }
+  const int64_t groups = n / kGroup;
+  for (int64_t i = 0; i < groups; ++i) {
+    streams.prefetch_group(i);
+    word_group(out + i * kGroup, s, keys, blocks + i * kLanes);
+  }
+  for (int64_t i = 0; i < groups; ++i) normal_group(out + i * kGroup);
+  if (n % kGroup == 0) return;
+  alignas(64) float group[kGroup];
+  word_group(group, s, keys, blocks + groups * kLanes);
+  normal_group(group);
+  __builtin_memcpy(out + groups * kGroup, group, static_cast<size_t>(n % kGroup) * sizeof(float));
+}
+
+// The normals of elements begin .. begin + n of a tensor, whole or a shard.
+void tensor_normals(float* out, int64_t n, const NoiseStream& s, const IvonTensor& t, int64_t begin,
+                    const Streams& streams = {}) {
+  if (t.run >= t.numel) return normals(out, n, s, t.start + begin, streams);
+  if ((t.start | t.run | t.pitch) % 4 == 0) return aligned_shard_normals(out, n, s, t, begin, streams);
+  int64_t in_run = begin % t.run, index = t.start + begin / t.run * t.pitch + in_run;
+  while (n > 0) {
+    const int64_t rest = t.run - in_run < n ? t.run - in_run : n;
+    if (rest >= kGroup) {
+      normals(out, rest, s, index);
+    } else {
+      for (int64_t i = 0; i < rest;) {
+        float four[4];
+        normal_block(four, s, static_cast<uint64_t>(index + i) / 4);
+        for (int64_t j = (index + i) % 4; j < 4 && i < rest; ++i, ++j) out[i] = four[j];
+      }
+    }
+    out += rest, n -= rest, index += rest + t.pitch - t.run, in_run = 0;
+  }
+}
+
 void normals_entry(float* out, int64_t n, const IvonCall& call, int64_t step, int64_t param, int64_t start) {
   normals(out, n, make_stream(call, step, param), start);
 }
@@ -176,7 +244,7 @@ void draw_chunk(const IvonTensor& t, const float* eps, const StepScalars& k, int
 const float* sample_noise(const IvonTensor& t, const IvonCall& call, int64_t begin, int64_t n, float* buffer,
                           Streams streams) {
   if (holds_noise(t, call)) return t.noise + begin;
-  normals(buffer, n, make_stream(call, t.step, t.index), begin, streams);
+  tensor_normals(buffer, n, make_stream(call, t.step, t.index), t, begin, streams);
   return buffer;
 }
 
@@ -187,7 +255,7 @@ void sample(const IvonTensor& t, const IvonCall& call, int64_t begin, int64_t n)
   streams.add(t.mean + begin);
   streams.add(t.hess + begin);
   if (is_plain_float(t)) streams.add(static_cast<float*>(t.param) + begin);
-  normals(eps, n, make_stream(call, t.step, t.index), begin, streams);
+  tensor_normals(eps, n, make_stream(call, t.step, t.index), t, begin, streams);
   if (call.adopt) adopt_edits(t, begin, n);
   draw_chunk(t, eps, scalars_of(t, call), begin, n);
 }
@@ -282,7 +350,7 @@ void step(const IvonTensor& t, const IvonCall& call, int64_t begin, int64_t n) {
   NoiseStream next = make_stream(call, t.step + 1, t.index);
   next.sample_replica = static_cast<uint32_t>(call.replica << 16);
   float* next_eps = keeps_noise(t, call) ? t.noise + begin : eps_buffer;
-  normals(next_eps, n, next, begin);
+  tensor_normals(next_eps, n, next, t, begin);
   draw_chunk(t, next_eps, k, begin, n);
 }
 

@@ -32,6 +32,7 @@ struct TensorRecord {
   const IvonLayout* layout;
   int64_t offset;
   int64_t numel;
+  int64_t start;  // index of the first element in the unsharded tensor; a multiple of 4 but in GatheredArguments
   uint32_t word;  // flags: parameter dtype (2 bits), gradient dtype (2 bits), TensorFlag; above them the 24-bit index
   uint32_t position;
   uint32_t row;
@@ -65,8 +66,12 @@ struct CallHeader {
   bool adopt, draw_next, final, report;
 };
 
+struct BlockContext;
+struct GatheredContext;
+
 template <int kTensorCapacity, int kRowCapacity>
 struct Arguments {
+  using Context = BlockContext;
   static constexpr int kTensors = kTensorCapacity, kRows = kRowCapacity;
   CallHeader call;
   uint32_t first_block[kTensors];  // of each tensor, ascending
@@ -76,10 +81,21 @@ struct Arguments {
 
 // Arguments are copied whole at every launch: few tensors should not pay for many. 4096 bytes are the limit before CUDA
 // 12.1, 32764 since.
-using SmallArguments = Arguments<56, 5>;
+using SmallArguments = Arguments<50, 5>;
 using MediumArguments = Arguments<160, 8>;
-using LargeArguments = Arguments<504, 24>;
+using LargeArguments = Arguments<456, 16>;
+
+// For shards whose elements are not all neighbours in the unsharded tensor, or do not begin at a multiple of 4 there.
+// These are kernels of their own, so that the others stay as lean as they are; in one size, which every driver takes.
+struct Runs {
+  int64_t run, pitch;
+};
+struct GatheredArguments : Arguments<40, 5> {
+  using Context = GatheredContext;
+  Runs runs[kTensors];
+};
 static_assert(sizeof(SmallArguments) <= 4096, "the limit before CUDA 12.1");
+static_assert(sizeof(GatheredArguments) <= 4096, "the limit before CUDA 12.1");
 static_assert(sizeof(LargeArguments) <= 32764, "the limit since CUDA 12.1");
 
 }  // namespace IVON_ISA

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define IVON_CUDA_ABI 1
+#define IVON_CUDA_ABI 2
 
 #if defined(__GNUC__)
 #define IVON_EXPORT __attribute__((visibility("default")))
@@ -27,6 +27,9 @@ struct IvonCudaTensor {
   int64_t position;  // of its step count in `steps`
   int64_t row;       // of the table of GroupRow (../rows.h)
   int64_t param_dtype;
+  int64_t start;  // element i has the noise of index start + (i / run) * pitch + i % run
+  int64_t run;    // at least 1; at least numel if all elements are neighbours
+  int64_t pitch;
 };
 
 // Addresses are the device's, except where a host's are meant.

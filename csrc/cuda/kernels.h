@@ -52,7 +52,7 @@ __device__ inline bool arrive_last(int64_t* done, uint32_t blocks) {
 
 template <Operation kOperation, class Args>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) kernel(const __grid_constant__ Args args) {
-  __shared__ BlockContext context;
+  __shared__ typename Args::Context context;
   __shared__ bool last;
   if (threadIdx.x == 0) prepare<kOperation>(args, blockIdx.x, context);
   __syncthreads();
@@ -108,7 +108,7 @@ inline Recorder recorder;
 template <Operation kOperation, class Args>
 void run_blocks(const Args& args, uint32_t blocks) {
   for (uint32_t block = 0; block < blocks; ++block) {
-    BlockContext context{};
+    typename Args::Context context{};
     prepare<kOperation>(args, block, context);
     for (uint32_t thread = 0; thread < kThreads; ++thread) {
       const bool found = work<kOperation>(args.call, context, thread);

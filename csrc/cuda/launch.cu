@@ -1,6 +1,7 @@
 // The C ABI: packs tensors into the arguments of as few launches as hold them.
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 
 #include "ivon_cuda.h"
 #include "kernels.h"
@@ -12,6 +13,10 @@ namespace {
 struct Limits {
   int64_t tensors, rows, blocks;
 };
+
+// Whether an operation takes noise, and with it the rows.
+template <Operation kOperation>
+constexpr bool kDraws = kOperation != kRestore && kOperation != kCheck;
 
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // CUDA's limit for a grid's first dimension
 
@@ -41,11 +46,12 @@ bool large_arguments() {
 
 int64_t lower(int64_t own, int64_t wish) { return wish > 0 && wish < own ? wish : own; }
 
+// Of a launch with the largest arguments that the driver takes, where `Full` is the largest there are.
+template <class Full>
 Limits limits() {
-  const bool large = large_arguments();
-  return {lower(large ? LargeArguments::kTensors : SmallArguments::kTensors, lowered.tensors),
-          lower(large ? LargeArguments::kRows : SmallArguments::kRows, lowered.rows),
-          lower(kMaxBlocks, lowered.blocks)};
+  const bool small = sizeof(Full) > 4096 && !large_arguments();
+  return {lower(small ? SmallArguments::kTensors : Full::kTensors, lowered.tensors),
+          lower(small ? SmallArguments::kRows : Full::kRows, lowered.rows), lower(kMaxBlocks, lowered.blocks)};
 }
 
 // Makes a device the current one, and afterwards the one that was.
@@ -117,10 +123,10 @@ CallHeader make_header(const IvonCudaCall& call) {
 bool aligned(int64_t address, int64_t dtype) { return address % (dtype == IVON_FLOAT32 ? 16 : 8) == 0; }
 
 // Collects the tensors of a call, and launches whenever the arguments are full.
-template <Operation kOperation>
+template <Operation kOperation, bool kGathered>
 class Packer {
  public:
-  explicit Packer(const IvonCudaCall& call) : call_(call), limits_(limits()), table_(call.rows) {
+  explicit Packer(const IvonCudaCall& call) : call_(call), limits_(limits<Full>()), table_(call.rows) {
     full_.call = make_header(call);
   }
 
@@ -145,6 +151,7 @@ class Packer {
       full_.first_block[tensors_] = static_cast<uint32_t>(blocks_);
       blocks_ += take, done += take;
       if (done == chunks) record.word |= kCounted;
+      if constexpr (kGathered) full_.runs[tensors_] = {t.run, t.pitch};
       full_.tensors[tensors_++] = record;
     } while (done < chunks);
     return cudaSuccess;
@@ -154,7 +161,9 @@ class Packer {
     if (tensors_ == 0) return cudaSuccess;
     full_.call.final = final;
     cudaError_t error = cudaSuccess;
-    if (fits<SmallArguments>()) {
+    if constexpr (kGathered) {
+      error = launch(full_);
+    } else if (fits<SmallArguments>()) {
       error = launch<SmallArguments>();
     } else if constexpr (kLargeArguments) {
       error = fits<MediumArguments>() ? launch<MediumArguments>() : launch(full_);
@@ -164,7 +173,8 @@ class Packer {
   }
 
  private:
-  static constexpr bool kReadsRows = kOperation != kRestore && kOperation != kCheck;
+  using Full = std::conditional_t<kGathered, GatheredArguments, LargeArguments>;
+  static constexpr bool kReadsRows = kDraws<kOperation>;
 
   TensorRecord make_record(const IvonCudaTensor& t) const {
     const bool uses_grad = kOperation != kSample && kOperation != kRestore;
@@ -179,6 +189,7 @@ class Packer {
             reinterpret_cast<const IvonLayout*>(layout),
             t.offset,
             t.numel,
+            t.start,
             word,
             static_cast<uint32_t>(t.position),
             0,
@@ -187,11 +198,15 @@ class Packer {
 
   // Place of a group's row among those of the next launch, where it may still have to be put.
   int64_t find_row(int64_t number) const {
-    if (!kReadsRows) return 0;
-    for (int64_t row = rows_ - 1; row >= 0; --row) {
-      if (row_numbers_[row] == number) return row;
+    if constexpr (kReadsRows) {
+      for (int64_t row = rows_ - 1; row >= 0; --row) {
+        if (row_numbers_[row] == number) return row;
+      }
+      return rows_;
+    } else {
+      static_cast<void>(number);
+      return 0;
     }
-    return rows_;
   }
 
   template <class Args>
@@ -224,23 +239,42 @@ class Packer {
   const Limits limits_;
   const void* table_;
   int64_t tensors_ = 0, rows_ = 0, blocks_ = 0;
-  int64_t row_numbers_[LargeArguments::kRows];
-  LargeArguments full_;
+  int64_t row_numbers_[Full::kRows];
+  Full full_;
 };
+
+// Whether a tensor is a shard for GatheredArguments.
+bool is_gathered(const IvonCudaTensor& t) { return t.numel != 0 && (t.run < t.numel || t.start % 4 != 0); }
+
+// Launches an operation on the tensors of one kind.
+template <Operation kOperation, bool kGathered>
+cudaError_t run(const IvonCudaCall& call, bool final) {
+  Packer<kOperation, kGathered> packer(call);
+  for (int64_t i = 0; i < call.count; ++i) {
+    const IvonCudaTensor& t = call.tensors[i];
+    if (kDraws<kOperation> && is_gathered(t) != kGathered) continue;
+    if (kOperation != kStep && t.numel == 0) continue;
+    if ((kOperation == kCheck || kOperation == kAccumulate) && call.grads[t.slot] == 0) continue;
+    const cudaError_t error = packer.add(t);
+    if (error != cudaSuccess) return error;
+  }
+  return packer.flush(final);
+}
 
 template <Operation kOperation>
 int run(const IvonCudaCall& call) {
   const DeviceGuard guard(call.device);
   if (guard.error() != cudaSuccess) return static_cast<int>(guard.error());
-  Packer<kOperation> packer(call);
-  for (int64_t i = 0; i < call.count; ++i) {
-    const IvonCudaTensor& t = call.tensors[i];
-    if (kOperation != kStep && t.numel == 0) continue;
-    if ((kOperation == kCheck || kOperation == kAccumulate) && call.grads[t.slot] == 0) continue;
-    const cudaError_t error = packer.add(t);
-    if (error != cudaSuccess) return static_cast<int>(error);
+  if constexpr (kDraws<kOperation>) {
+    int64_t gathered = 0;
+    for (int64_t i = 0; i < call.count; ++i) gathered += is_gathered(call.tensors[i]);
+    if (gathered != 0) {
+      const bool all = gathered == call.count;
+      const cudaError_t error = run<kOperation, true>(call, all && call.final != 0);
+      if (all || error != cudaSuccess) return static_cast<int>(error);
+    }
   }
-  return static_cast<int>(packer.flush(call.final != 0));
+  return static_cast<int>(run<kOperation, false>(call, call.final != 0));
 }
 
 #if !defined(IVON_EMULATE)
@@ -253,6 +287,9 @@ cudaError_t load_kernel() {
 template <Operation kOperation>
 cudaError_t load_kernels() {
   cudaError_t error = load_kernel<kOperation, SmallArguments>();
+  if constexpr (kDraws<kOperation>) {
+    if (error == cudaSuccess) error = load_kernel<kOperation, GatheredArguments>();
+  }
   if constexpr (kLargeArguments) {
     if (!large_arguments()) return error;
     if (error == cudaSuccess) error = load_kernel<kOperation, MediumArguments>();

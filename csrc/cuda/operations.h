@@ -11,11 +11,19 @@ namespace IVON_ISA {
 // which most GPUs have little of.
 struct BlockContext {
   TensorRecord tensor;
-  int64_t begin;  // first element of the block's chunk
-  uint32_t step;  // finished updates
+  int64_t begin;        // first element of the block's chunk
+  int64_t noise_block;  // Philox block of that element
+  uint32_t step;        // finished updates
   uint32_t noise_step;
   bool skip;
   StepScalars scalars;
+};
+
+// Where the chunk's elements are in the unsharded tensor: element begin + i at index first + i + gap * gaps before it.
+struct GatheredContext : BlockContext {
+  int64_t first, gap;
+  uint32_t left, run;  // elements before the first gap, and between gaps; enough, where there are more than a chunk has
+  bool aligned;        // four elements have one Philox block
 };
 
 IVON_FN bool skips(const CallHeader& call) {
@@ -38,14 +46,29 @@ IVON_FN uint32_t find_tensor(const Args& args, uint32_t block) {
   return low;
 }
 
+template <class Args>
+IVON_FN void find_noise(const Args&, uint32_t, BlockContext& c) {
+  c.noise_block = (c.tensor.start + c.begin) / 4;
+}
+
+IVON_FN void find_noise(const GatheredArguments& args, uint32_t which, GatheredContext& c) {
+  const int64_t run = args.runs[which].run, pitch = args.runs[which].pitch, left = run - c.begin % run;
+  c.gap = pitch - run;
+  c.first = c.tensor.start + c.begin + c.begin / run * c.gap;
+  c.left = static_cast<uint32_t>(left < kChunkSize ? left : kChunkSize);
+  c.run = static_cast<uint32_t>(run < kChunkSize ? run : kChunkSize);
+  c.aligned = (c.tensor.start | run | pitch) % 4 == 0;
+}
+
 template <Operation kOperation, class Args>
-IVON_FN void prepare(const Args& args, uint32_t block, BlockContext& c) {
+IVON_FN void prepare(const Args& args, uint32_t block, typename Args::Context& c) {
   const CallHeader& call = args.call;
   const uint32_t which = find_tensor(args, block);
   c.tensor = args.tensors[which];
   c.begin = (static_cast<int64_t>(c.tensor.first_chunk) + block - args.first_block[which]) * kChunkSize;
   c.skip = kOperation == kStep && skips(call);
   if (kOperation == kRestore || kOperation == kCheck) return;
+  find_noise(args, which, c);
   const int64_t step = call.steps[c.tensor.position];
   c.step = static_cast<uint32_t>(step);
   c.noise_step = static_cast<uint32_t>(call.step_override >= 0 ? call.step_override : step);
@@ -66,9 +89,43 @@ IVON_FN void normal_quad(uint64_t block, const KeyTable& keys, uint32_t param, u
   box_muller<float>(static_cast<int32_t>(b.w2), static_cast<int32_t>(b.w3), eps.v[2], eps.v[3]);
 }
 
+// The normals of elements at .. at + 4 of the block's tensor.
 IVON_FN void normal_quad(const CallHeader& call, const BlockContext& c, int64_t at, uint32_t step,
                          uint32_t sample_replica, Quad& eps) {
-  normal_quad(static_cast<uint64_t>(at) / 4, call.keys, c.tensor.index(), step, sample_replica, eps);
+  const uint64_t block = static_cast<uint64_t>(c.noise_block) + static_cast<uint32_t>(at - c.begin) / 4;
+  normal_quad(block, call.keys, c.tensor.index(), step, sample_replica, eps);
+}
+
+IVON_FN uint64_t unsharded_index(const GatheredContext& c, uint32_t element) {
+  const uint32_t gaps = element < c.left ? 0 : 1 + (element - c.left) / c.run;
+  return static_cast<uint64_t>(c.first + element + gaps * c.gap);
+}
+
+IVON_FN float normal_at(uint64_t index, const KeyTable& keys, uint32_t param, uint32_t step, uint32_t sample_replica) {
+  const NoiseStream stream{{}, param, step, sample_replica};
+  PhiloxBlock<float> b{index / 4, counter_word1(stream, index / 4), step, sample_replica};
+  philox4x32<float>(b, keys);
+  const bool second = (index & 2) != 0;
+  float z0, z1;
+  box_muller<float>(static_cast<int32_t>(second ? b.w2 : b.w0), static_cast<int32_t>(second ? b.w3 : b.w1), z0, z1);
+  return (index & 1) != 0 ? z1 : z0;
+}
+
+IVON_FN void normal_quad(const CallHeader& call, const GatheredContext& c, int64_t at, uint32_t step,
+                         uint32_t sample_replica, Quad& eps) {
+  const uint32_t element = static_cast<uint32_t>(at - c.begin), param = c.tensor.index();
+  if (c.aligned) {
+    normal_quad(unsharded_index(c, element) / 4, call.keys, param, step, sample_replica, eps);
+    return;
+  }
+  eps = Quad{};
+#if defined(__CUDACC__)
+#pragma unroll 1  // four copies of the generator would take the registers of the aligned path
+#endif
+  for (uint32_t i = 0; i < 4; ++i) {  // the quad moves on by one: with a variable index it would be in memory
+    const float z = normal_at(unsharded_index(c, element + i), call.keys, param, step, sample_replica);
+    eps = {{eps.v[1], eps.v[2], eps.v[3], z}};
+  }
 }
 
 // Takes weights that differ from the mean over as the new mean; true if there are any.
@@ -89,7 +146,8 @@ IVON_FN void draw_quad(const Quad& mean, const Quad& hess, const StepScalars& k,
   for (int i = 0; i < 4; ++i) eps.v[i] = draw<float>(mean.v[i], hess.v[i], eps.v[i], k);
 }
 
-IVON_FN void sample_quad(const CallHeader& call, const BlockContext& c, int64_t at, int n) {
+template <class Context>
+IVON_FN void sample_quad(const CallHeader& call, const Context& c, int64_t at, int n) {
   const int64_t state = c.tensor.offset + at;
   Quad mean = load_state(call.mean, state), eps;
   const Quad hess = load_state(call.hess, state);
@@ -109,8 +167,8 @@ IVON_FN bool nonfinite_quad(const BlockContext& c, int64_t at, int n) {
 }
 
 // Gradient and Hessian statistic of the sample; a gradient that is missing counts as 0.
-IVON_FN void load_statistics(const CallHeader& call, const BlockContext& c, int64_t at, int n, Quad& grad,
-                             Quad& second) {
+template <class Context>
+IVON_FN void load_statistics(const CallHeader& call, const Context& c, int64_t at, int n, Quad& grad, Quad& second) {
   grad = c.tensor.grad != nullptr ? load(grad_of(c.tensor), at, n) : Quad{};
   Quad factor = grad;
   if (c.scalars.gradsq == 0.0f) normal_quad(call, c, at, c.noise_step, call.sample_replica, factor);
@@ -124,7 +182,8 @@ IVON_FN void add_state(const float* state, int64_t at, Quad& q) {
   for (int i = 0; i < 4; ++i) q.v[i] = sum.v[i] + q.v[i];
 }
 
-IVON_FN void accumulate_quad(const CallHeader& call, const BlockContext& c, int64_t at, int n) {
+template <class Context>
+IVON_FN void accumulate_quad(const CallHeader& call, const Context& c, int64_t at, int n) {
   const int64_t state = c.tensor.offset + at;
   Quad grad, second;
   load_statistics(call, c, at, n, grad, second);
@@ -134,7 +193,8 @@ IVON_FN void accumulate_quad(const CallHeader& call, const BlockContext& c, int6
   store_state(call.second_sum, state, n, second);
 }
 
-IVON_FN void update_quad(const CallHeader& call, const BlockContext& c, int64_t at, int n, Quad& mean, Quad& hess) {
+template <class Context>
+IVON_FN void update_quad(const CallHeader& call, const Context& c, int64_t at, int n, Quad& mean, Quad& hess) {
   const int64_t state = c.tensor.offset + at;
   const StepScalars& k = c.scalars;
   Quad momentum = load_state(call.momentum, state), grad, second;
@@ -160,7 +220,8 @@ IVON_FN void update_quad(const CallHeader& call, const BlockContext& c, int64_t 
   store_state(call.hess, state, n, hess);
 }
 
-IVON_FN void step_quad(const CallHeader& call, const BlockContext& c, int64_t at, int n) {
+template <class Context>
+IVON_FN void step_quad(const CallHeader& call, const Context& c, int64_t at, int n) {
   if (c.skip && call.adopt && !call.draw_next) return;  // the weights hold the mean already
   const int64_t state = c.tensor.offset + at;
   Quad mean = load_state(call.mean, state), hess = load_state(call.hess, state);
@@ -175,8 +236,8 @@ IVON_FN void step_quad(const CallHeader& call, const BlockContext& c, int64_t at
 }
 
 // All that one thread of a block does; true if it met inf or nan (kCheck).
-template <Operation kOperation>
-IVON_FN bool work(const CallHeader& call, const BlockContext& c, uint32_t thread) {
+template <Operation kOperation, class Context>
+IVON_FN bool work(const CallHeader& call, const Context& c, uint32_t thread) {
   bool found = false;
 #if defined(__CUDACC__)
 #pragma unroll 1

@@ -12,16 +12,17 @@ import torch
 from ivon_kernels import _native
 from ivon_kernels.arena import SlotList
 from ivon_kernels.backends.base import Backend, Draw
+from ivon_kernels.noise import Shard
 from ivon_kernels.pointers import DTYPES
 
-_ABI = 2
+_ABI = 3
 SIMD_VARIABLE = "IVON_KERNELS_SIMD"
 SIMD_LEVELS = ("avx512", "avx2", "baseline", "neon")
 
 # Columns of the tensor table, as in struct IvonTensor of csrc/cpu/ivon_cpu.h; each call fills in the last ones itself.
 _COLUMNS = (
     *("mean", "momentum", "hess", "grad_sum", "second_sum", "noise", "noise_tag", "step_count"),
-    *("numel", "index", "row", "param_dtype"),
+    *("numel", "index", "row", "param_dtype", "start", "run", "pitch"),
     *("param", "grad", "layout", "grad_dtype", "step", "scalars"),
 )
 _WIDTH = len(_COLUMNS)
@@ -148,6 +149,8 @@ class _Table:
         self.set("index", [slot.index for slot in self.slots])
         self.set("row", [slot.group for slot in self.slots])
         self.set("param_dtype", [DTYPES[slot.param.dtype] for slot in self.slots])
+        for column in Shard._fields:
+            self.set(column, [getattr(slot.placement, column) for slot in self.slots])
         pointers = slots.pointers
         assert pointers is not None
         self.call = _Call(tensors=self.rows.buffer_info()[0], count=len(self.slots))

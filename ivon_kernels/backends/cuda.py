@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ivon_kernels.arena import Arena, Slot, SlotList
     from ivon_kernels.pointers import Pointers
 
-_ABI = 1
+_ABI = 2
 _CAPABILITY = (8, 0)  # of the oldest device that the library is compiled for
 _OPERATIONS = ("sample", "restore", "check", "accumulate", "step")
 _ALONE = Guard()
@@ -108,7 +108,7 @@ class _Part:
         self.tensors = array("q")
         for number, slot in members:
             self.tensors.extend((number, arena.offsets[slot.position], slot.param.numel(), slot.index))
-            self.tensors.extend((slot.position, slot.group, DTYPES[slot.param.dtype]))
+            self.tensors.extend((slot.position, slot.group, DTYPES[slot.param.dtype], *slot.placement))
         self.call = _Call(
             params=pointers.params.buffer_info()[0],
             grads=pointers.grads.buffer_info()[0],

@@ -53,16 +53,19 @@ def update(
 
 
 def _eps(slot: Slot, draw: Draw) -> Tensor:
-    step = slot.step if draw.step is None else draw.step
-    z = noise.normals(
-        slot.param.numel(),
-        seed=draw.seed,
-        step=step,
-        sample=draw.sample,
-        replica=draw.replica,
-        param=slot.index,
-        device=slot.param.device,
-    )
+    numel, device, (start, run, pitch) = slot.param.numel(), slot.param.device, slot.placement
+    stream = {
+        "seed": draw.seed,
+        "step": slot.step if draw.step is None else draw.step,
+        "sample": draw.sample,
+        "replica": draw.replica,
+        "param": slot.index,
+    }
+    if run >= numel:
+        z = noise.normals(numel, start=start, device=device, **stream)
+    else:
+        i = torch.arange(numel, device=device)
+        z = noise.normals_at(start + i // run * pitch + i % run, **stream)
     return z.view(slot.param.shape).to(slot.mean.dtype)
 
 

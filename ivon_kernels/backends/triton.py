@@ -1,7 +1,7 @@
 """The Triton backend: one launch for all tensors of a bucket, on GPUs of NVIDIA, AMD and Intel.
 
 A bucket is what one compiled kernel takes: tensors of one parameter dtype and one gradient dtype, in any arenas,
-aligned or not (see triton_kernels.py). Nothing here waits for the device.
+aligned or not (see triton_memory.py), whole tensors or shards of one kind. Nothing here waits for the device.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -21,7 +21,7 @@ from ivon_kernels.backends.triton_launch import Kernel, Mirror, installed, inter
 from ivon_kernels.pointers import DTYPES
 
 if TYPE_CHECKING:
-    from ivon_kernels.arena import Arena, SlotList
+    from ivon_kernels.arena import Arena, Slot, SlotList
 
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 _BLOCK = 1024  # elements at a time: 8 a thread ...
@@ -31,6 +31,7 @@ _PROGRAMS = 2048  # enough for the largest GPUs; beyond, programs take several b
 _MAX_PASSES = 8
 _FINAL, _REPORT = 1, 2
 _COLUMNS = 16
+_WHOLE, _ALIGNED, _ANY = range(3)  # where a bucket's elements are in the unsharded tensors
 _UNGUARDED = Guard()
 
 
@@ -42,15 +43,33 @@ def _kernel(operation: str, device: torch.device, flags: tuple[object, ...]) -> 
     return Kernel(getattr(triton_kernels, f"{operation}_kernel"), device, flags)
 
 
+class _Key(NamedTuple):
+    """What the slots of one launch have in common."""
+
+    dtype: int
+    grad_dtype: int
+    awkward: bool
+    shard: int
+
+
+def _shard_kind(slot: Slot) -> int:
+    shard, numel = slot.placement, slot.param.numel()
+    if numel == 0 or (shard.start == 0 and shard.run >= numel):
+        return _WHOLE
+    return _ALIGNED if shard.aligned else _ANY
+
+
 class _Bucket:
     """The slots of one launch: what they have in common, and which program takes which elements."""
 
-    def __init__(self, key: tuple[int, int, bool], members: list[int], numels: list[int], device: torch.device) -> None:
+    def __init__(self, key: _Key, members: list[int], numels: list[int], device: torch.device) -> None:
         import triton.language as tl
 
-        dtype, grad_dtype, self.awkward = key
-        self.dtype, self.grad_dtype = getattr(tl, _DTYPE_NAMES[dtype]), getattr(tl, _DTYPE_NAMES[grad_dtype])
-        self.block = _INTERPRETED_BLOCK if interpreted() else _AWKWARD_BLOCK if self.awkward else _BLOCK
+        self.dtype = getattr(tl, _DTYPE_NAMES[key.dtype])
+        self.grad_dtype = getattr(tl, _DTYPE_NAMES[key.grad_dtype])
+        self.awkward, self.shard = key.awkward, key.shard
+        small = self.awkward or self.shard == _ANY
+        self.block = _INTERPRETED_BLOCK if interpreted() else _AWKWARD_BLOCK if small else _BLOCK
         self.members = array("q", members)
         blocks = sum(-(-numels[slot] // self.block) for slot in members)
         self.passes = 1
@@ -74,11 +93,13 @@ class _Bucket:
         found = self._kernels.get((operation, sums, draw_next))
         if found is None:
             flags = {
-                "step": (self.dtype, self.grad_dtype, sums, draw_next),
-                "check": (self.grad_dtype,),
-                "accumulate": (self.grad_dtype,),
-            }.get(operation, (self.dtype,))
-            found = _kernel(operation, self._device, (*flags, self.awkward, self.block))
+                "sample": (self.dtype, self.awkward, self.shard),
+                "restore": (self.dtype, self.awkward),
+                "check": (self.grad_dtype, self.awkward),
+                "accumulate": (self.grad_dtype, self.awkward, self.shard),
+                "step": (self.dtype, self.grad_dtype, sums, draw_next, self.awkward, self.shard),
+            }[operation]
+            found = _kernel(operation, self._device, (*flags, self.block))
             self._kernels[operation, sums, draw_next] = found
         return found
 
@@ -105,6 +126,7 @@ class _Plan:
         self._sums = Mirror(self.device, self._sum_rows)
         self._rows = Mirror(self.device, lambda: self.rows.data)
         self.numels = [slot.param.numel() for slot in self.slots]
+        self.shards = [_shard_kind(slot) for slot in self.slots]
         self.dtypes = [DTYPES[slot.param.dtype] for slot in self.slots]
         self.grad_dtypes = list(self.dtypes)
         self._dtypes_seen = b""
@@ -132,10 +154,11 @@ class _Plan:
 
     def _make_buckets(self) -> None:
         pointers = self.pointers
-        members: dict[tuple[int, int, bool], list[int]] = {}
+        members: dict[_Key, list[int]] = {}
         for slot, numel in enumerate(self.numels):
             awkward = bool(pointers.layouts[slot]) or pointers.params[slot] % 16 != 0 or numel % 4 != 0
-            members.setdefault((self.dtypes[slot], self.grad_dtypes[slot], awkward), []).append(slot)
+            key = _Key(self.dtypes[slot], self.grad_dtypes[slot], awkward, self.shards[slot])
+            members.setdefault(key, []).append(slot)
         self.buckets = [_Bucket(key, part, self.numels, self.device) for key, part in members.items()]
 
     def launch(
@@ -200,6 +223,7 @@ class _Plan:
             [slot.group for slot in slots],
             [slot.arena.steps.data_ptr() + 8 * slot.position for slot in slots],
             layouts,
+            *zip(*(slot.placement for slot in slots), strict=True),
         )
         table = array("q", bytes(8 * _COLUMNS * len(slots)))
         for number, column in enumerate(columns):

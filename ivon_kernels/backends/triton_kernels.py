@@ -23,6 +23,8 @@ from ivon_kernels.backends.triton_math import (
     draw,
     is_gradsq,
     normals,
+    normals_at,
+    normals_of_blocks,
     precision_scalars,
     update,
     update_scalars,
@@ -48,6 +50,7 @@ from ivon_kernels.backends.triton_memory import (
     gradient,
     program,
     rounded,
+    unsharded,
     weights_at,
 )
 
@@ -55,6 +58,20 @@ FINAL = tl.constexpr(1)  # flags of the step
 REPORT = tl.constexpr(2)
 NOTHING_BAD = tl.constexpr(2**62)  # in the control block: see ivon_kernels/backends/device.py
 _MEMBERS = tl.constexpr(128)  # counters advanced at a time
+_WHOLE = tl.constexpr(0)  # of SHARD, see ivon_kernels/backends/triton.py
+_ALIGNED = tl.constexpr(1)
+
+
+@triton.jit
+def noise(row, begin, lane, element, seed, index, step, sample_replica, SHARD: tl.constexpr):
+    """The normals of a block of a chunk, ``[lanes, 4]``."""
+    if SHARD == _WHOLE:
+        z = normals(begin, lane, seed, index, step, sample_replica)
+    elif SHARD == _ALIGNED:
+        z = normals_of_blocks(unsharded(row, begin, 4 * lane) >> 2, seed, index, step, sample_replica)
+    else:
+        z = normals_at(unsharded(row, begin, element), seed, index, step, sample_replica)
+    return z
 
 
 @triton.jit
@@ -69,6 +86,7 @@ def sample_kernel(
     adopt: tl.int64,
     DTYPE: tl.constexpr,
     AWKWARD: tl.constexpr,
+    SHARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Weights <- mean + sigma eps."""
@@ -91,7 +109,7 @@ def sample_kernel(
         if adopt != 0:
             mean = adopted(mean, weights, mask, DTYPE)
             tl.store(means, mean, mask=mask)
-        eps = normals(begin, lane, seed, index, step, sample_replica)
+        eps = noise(row, begin, lane, element, seed, index, step, sample_replica, SHARD)
         tl.store(weights, rounded(draw(mean, hess, eps, ess, weight_decay), DTYPE), mask=mask)
         begin += BLOCK
 
@@ -155,6 +173,7 @@ def accumulate_kernel(
     sample_replica: tl.int64,
     DTYPE: tl.constexpr,
     AWKWARD: tl.constexpr,
+    SHARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Add the finished sample's gradient to grad_sum and second_sum."""
@@ -179,7 +198,7 @@ def accumulate_kernel(
         second_sum = tl.load(second_sums, mask=mask, other=0.0)
         factor = grad
         if not gradsq:
-            factor = normals(begin, lane, seed, index, step, sample_replica)
+            factor = noise(row, begin, lane, element, seed, index, step, sample_replica, SHARD)
         tl.store(grad_sums, grad_sum + grad, mask=mask)
         tl.store(second_sums, second_sum + grad * factor, mask=mask)
         begin += BLOCK
@@ -240,6 +259,7 @@ def step_kernel(
     SUMS: tl.constexpr,
     DRAW_NEXT: tl.constexpr,
     AWKWARD: tl.constexpr,
+    SHARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The update; weights <- new mean, or the next step's first sample with DRAW_NEXT."""
@@ -282,7 +302,7 @@ def step_kernel(
                 mean = adopted(mean, weights, mask, DTYPE)
             factor = grad
             if not gradsq:
-                factor = normals(begin, lane, seed, index, step, sample_replica)
+                factor = noise(row, begin, lane, element, seed, index, step, sample_replica, SHARD)
             second = grad * factor
             if SUMS:
                 pair = at(sums, tl.int64) + slot * 2
@@ -299,7 +319,7 @@ def step_kernel(
             tl.store(hesses, hess, mask=mask)
         value = mean
         if DRAW_NEXT:
-            eps = normals(begin, lane, seed, index, next_step, sample_replica & 0xFFFF0000)
+            eps = noise(row, begin, lane, element, seed, index, next_step, sample_replica & 0xFFFF0000, SHARD)
             value = draw(mean, hess, eps, ess, weight_decay)
         tl.store(weights, rounded(value, DTYPE), mask=existing(written, begin, lane, element, AWKWARD))
         begin += BLOCK

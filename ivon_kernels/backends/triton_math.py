@@ -76,6 +76,22 @@ def box_muller(radius_word, angle_word):
 
 
 @triton.jit
+def _words(c0, c1, seed, step, sample_replica):
+    return philox(
+        c0, c1, step.to(tl.uint32), sample_replica.to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    )
+
+
+@triton.jit
+def _quads(c0, c1, seed, step, sample_replica):
+    """The normals of blocks, given by the first two words of their counters: ``[lanes, 4]``."""
+    w0, w1, w2, w3 = _words(c0, c1, seed, step, sample_replica)
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (c0.shape[0], 4))
+
+
+@triton.jit
 def normals(begin, lane, seed, index, step, sample_replica):
     """Elements ``begin + 4 lane .. begin + 4 lane + 3`` of a stream, ``[lanes, 4]``.
 
@@ -85,12 +101,24 @@ def normals(begin, lane, seed, index, step, sample_replica):
     block = begin // 4
     c0 = block.to(tl.uint32) + lane.to(tl.uint32)
     c1 = ((block >> 32) | (index << 8)).to(tl.uint32)
-    w0, w1, w2, w3 = philox(
-        c0, c1, step.to(tl.uint32), sample_replica.to(tl.uint32), seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    )
-    z0, z1 = box_muller(w0, w1)
-    z2, z3 = box_muller(w2, w3)
-    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (lane.shape[0], 4))
+    return _quads(c0, c1, seed, step, sample_replica)
+
+
+@triton.jit
+def normals_of_blocks(block, seed, index, step, sample_replica):
+    """The four elements of each of the Philox blocks `block` (int64 ``[lanes]``), ``[lanes, 4]``."""
+    return _quads(block.to(tl.uint32), ((block >> 32) | (index << 8)).to(tl.uint32), seed, step, sample_replica)
+
+
+@triton.jit
+def normals_at(element, seed, index, step, sample_replica):
+    """The elements `element` (int64) of a stream, a Philox block for each."""
+    block = element >> 2
+    c1 = ((block >> 32) | (index << 8)).to(tl.uint32)
+    w0, w1, w2, w3 = _words(block.to(tl.uint32), c1, seed, step, sample_replica)
+    second = (element & 2) != 0
+    z0, z1 = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1))
+    return tl.where((element & 1) != 0, z1, z0)
 
 
 @triton.jit

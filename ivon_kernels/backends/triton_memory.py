@@ -27,6 +27,9 @@ INDEX = tl.constexpr(5)
 GROUP = tl.constexpr(6)
 STEP = tl.constexpr(7)
 LAYOUT = tl.constexpr(8)
+START = tl.constexpr(9)
+RUN = tl.constexpr(10)
+PITCH = tl.constexpr(11)
 
 # Struct IvonLayout.
 _PARAM_STRIDES = tl.constexpr(26)
@@ -64,6 +67,21 @@ def element_offsets(layout, index, STRIDES: tl.constexpr):
             index = index // size
             dim -= 1
     return offset
+
+
+@triton.jit
+def unsharded(row, begin, offset):
+    """Indices (int64) in the unsharded tensor of a shard's elements ``begin + offset``; `offset`: int32, at least 0."""
+    run = tl.load(row + RUN)
+    gap = tl.load(row + PITCH) - run
+    if (begin | run) >> 32 == 0:  # noqa: SIM108  (64-bit division costs several times as much)
+        gaps_before = (begin.to(tl.uint32) // run.to(tl.uint32)).to(tl.int64)
+    else:
+        gaps_before = begin // run
+    left = tl.minimum(run - (begin - gaps_before * run), 2**30).to(tl.uint32)  # elements before the next gap
+    position = offset.to(tl.uint32)
+    gaps = tl.where(position < left, 0, 1 + (position - left) // tl.minimum(run, 2**30).to(tl.uint32))
+    return tl.load(row + START) + begin + gaps_before * gap + position.to(tl.int64) + gaps.to(tl.int64) * gap
 
 
 @triton.jit
