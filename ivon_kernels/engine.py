@@ -1,27 +1,66 @@
-"""Puts samples into the weights, collects their gradients, and launches the update."""
+"""Puts samples into the weights, and collects their gradients."""
 
 from __future__ import annotations
 
+import operator
+import weakref
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
+from torch.optim.optimizer import ParamsT
 
 from ivon_kernels import distributed
 from ivon_kernels.arena import Slot, SlotList
-from ivon_kernels.backends import Backend, DeviceBackend, Draw, Guard
-from ivon_kernels.backends.device import BAD
+from ivon_kernels.backends import Backend, DeviceBackend, Draw
 from ivon_kernels.gradients import Samples
-from ivon_kernels.parameters import ParameterStore
+from ivon_kernels.noise import EVAL_STEP
+from ivon_kernels.store import Store
 
 _MAX_SAMPLES = 2**16
 Launches = list[tuple[Backend, SlotList]]
 
+_VERSION_OF = operator.attrgetter("_version")
+_HOLDERS: weakref.WeakSet[Engine] = weakref.WeakSet()  # optimizers with a sample in their weights
+EDITED = (
+    "the weights were written while they held a sample, by another optimizer or by load_state_dict, and that was lost: "
+    "give every parameter to one optimizer, and load weights before optimizer.train() or after optimizer.eval()"
+)
 
-class Engine(ParameterStore):
+
+class Engine(Store):
     """The moves between the states of an optimizer: mean in the weights, a sample in them, samples waiting for a step.
 
     ``_held`` says what the weights hold (None: the mean) and ``_samples`` what was drawn since the last step.
     """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
+        self._version = 0  # of the weights when the sample was put there
+        self._had_gradients = False
+        super().__init__(params, defaults, backend)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._held is not None:  # a copy of an optimizer and of its parameters
+            self._note_sample()
+
+    def _note_sample(self) -> None:
+        """The weights have just got a sample."""
+        _HOLDERS.add(self)
+        self._version = self._versions()
+
+    _agreed = False  # the ranks have compared their seeds since this optimizer was built or unpickled
+
+    def _agree(self) -> None:
+        """Make sure that all replicas draw from one seed."""
+        steps = 0
+        if distributed.world()[1] > 1:
+            steps = max((int(arena.steps.max()) for arena in {slot.arena for slot in self._ordered}), default=0)
+        seed = distributed.agree_on_seed(self.seed, self._seed_given, steps)
+        for settings in (self.defaults, *self.param_groups):
+            settings["seed"] = seed
+        self._agreed = True
 
     @property
     def _replicas(self) -> int:
@@ -30,6 +69,8 @@ class Engine(ParameterStore):
 
     def _train_draw(self) -> Draw:
         """The last sample of the coming step."""
+        if self._samples.replay is not None:
+            return Draw(self.seed, self._samples.replay, step=EVAL_STEP)
         return Draw(self.seed, self._samples.count - 1, distributed.world()[0] if self._replicas > 1 else 0)
 
     # ---- what the weights hold -----------------------------------------------------------------------------------
@@ -39,12 +80,14 @@ class Engine(ParameterStore):
         adopt = self._held is None
         if adopt:
             self._refresh()
+            self._refuse_other_holders()
         self._check_capture()
         self._rows.update(self.param_groups)
         for backend, slots in self._active:
             backend.sample(slots, draw, adopt)
         self._held = draw
-        increment_version(self._active_params)
+        self._announce()
+        self._note_sample()
 
     def _restore(self) -> None:
         """Weights <- mean, if they hold a sample."""
@@ -53,8 +96,48 @@ class Engine(ParameterStore):
         self._catch_up()
         for backend, slots in self._active:
             backend.restore(slots)
+        self._let_go()
+        self._announce()
+
+    def _let_go(self) -> None:
+        """The weights hold the mean again."""
         self._held = None
+        _HOLDERS.discard(self)
+
+    def _announce(self) -> None:
+        """The weights were written: autograd sees another version, and FSDP2 gathers them anew."""
         increment_version(self._active_params)
+        self._mean_copies.clear()
+        for module in self._fsdp:
+            module.reshard()
+
+    def _versions(self) -> int:
+        """A number that changes with every write into the weights that autograd knows of."""
+        return sum(map(_VERSION_OF, self._active_params))
+
+    def _edited(self) -> bool:
+        """Whether the weights were written by somebody else while they hold a sample."""
+        return self._held is not None and self._version != self._versions()
+
+    def _restore_unedited(self) -> None:
+        """Weights <- mean, at the end of a sample.
+
+        Raises:
+            RuntimeError: After that, if somebody wrote into the weights in the meantime: it is lost.
+        """
+        edited = self._edited()
+        self._restore()
+        if edited:
+            raise RuntimeError(EDITED)
+
+    def _refuse_other_holders(self) -> None:
+        """Refuse to sample parameters that hold another optimizer's sample."""
+        for other in _HOLDERS:
+            if other is not self and not other._slots.keys().isdisjoint(self._active_params):
+                raise RuntimeError(
+                    "another IVON optimizer has a sample in the same parameters: give every parameter to one "
+                    "optimizer, or call the other's eval() first"
+                )
 
     def _check_capture(self) -> None:
         """Refuse to be captured by a CUDA graph whose replays would not train."""
@@ -75,22 +158,44 @@ class Engine(ParameterStore):
         """Follow parameters that moved since they were sampled."""
         if any(slots.moved(trained=False) for _, slots in self._active):
             if self._follow_moves(self._active_slots):
-                self._activate([self._slots[slot.param] for slot in self._active_slots])
+                self._activate([self._slots[slot.parameter] for slot in self._active_slots])
             self._stale = True
 
     # ---- the samples of a step -----------------------------------------------------------------------------------
 
-    def _begin_sample(self) -> None:
-        """Draw the next MC sample of the coming step, after counting in the gradient of the one before."""
+    def _begin_sample(self, replay: int | None = None) -> None:
+        """Draw the next MC sample of the coming step, after counting in the gradient of the one before.
+
+        With `replay` it has the noise of that evaluation sample.
+        """
         if self._samples.count == _MAX_SAMPLES:
             raise RuntimeError(f"{_MAX_SAMPLES} samples were drawn without a step(): call step() or discard_samples()")
+        if not self._agreed:
+            self._agree()
         self._fold()
         self._samples.count += 1
+        self._samples.replay = replay
         try:
             self._put(self._train_draw())
+            self._require_trained()
         except BaseException:
             self._samples.count -= 1
             raise
+
+    def _require_trained(self) -> None:
+        """Refuse to train nothing."""
+        if not self._active_slots and (self._ordered or self._stateless):
+            self._restore()
+            raise RuntimeError(
+                f"none of the optimizer's {len(self._ordered) + len(self._stateless)} parameters requires a gradient: "
+                "unfreeze those to be trained (requires_grad_(True)), or give the optimizer others"
+            )
+
+    @_disable_dynamo
+    def discard_samples(self) -> None:
+        """Forget the unfinished step and restore the mean; the next sample is the first one of this step again."""
+        self._restore()
+        self._forget_samples()
 
     def _abort_sample(self) -> None:
         """The block failed: its sample does not count, and the mean comes back."""
@@ -100,7 +205,7 @@ class Engine(ParameterStore):
         self._samples.count -= 1
         if self._samples.count:  # its gradients must not leak into the next sample's
             for slot in self._active_slots:
-                slot.param.grad = None
+                slot.parameter.grad = None
 
     def _forget_samples(self, *, findings: bool = True) -> None:
         """No sample was drawn; with `findings` the devices also forget what they found in earlier samples."""
@@ -126,9 +231,9 @@ class Engine(ParameterStore):
         if samples.folded == samples.count:
             return
         samples.check_not_zeroed()
-        if samples.folded == 0:
-            for arena in {slot.arena for slot in self._active_slots}:
-                arena.clear_sums()
+        in_use = {slot.arena for slot in self._ordered if slot.summed}
+        for arena in {slot.arena for slot in self._active_slots} - in_use:
+            arena.clear_sums()
         self._rows.update(self.param_groups)
         launches = self._launches_with_gradients(only_last=True)
         slots = [slot for _, part in launches for slot in part.slots]
@@ -143,12 +248,12 @@ class Engine(ParameterStore):
             part.summed = True
             backend.accumulate(part, self._train_draw())
         for slot in slots:
-            slot.param.grad = None
+            slot.parameter.grad = None
         self._drop_gradients()
         samples.closed.clear()
         samples.folded = samples.count
 
-    # ---- the step ------------------------------------------------------------------------------------------------
+    # ---- their gradients -----------------------------------------------------------------------------------------
 
     def _launches_with_gradients(self, *, only_last: bool = False) -> Launches:
         """Read the gradients of the last sample. Returns the lists of slots that have one, or sums of earlier ones."""
@@ -171,36 +276,10 @@ class Engine(ParameterStore):
                 part.pointers.set_grads([slot.grad for slot in part.slots])
         return launches
 
-    def _gather(self) -> Launches:
-        """The launches of this step: the slots with a gradient of any sample."""
-        samples = self._samples
-        if self._replicas > 1:
-            distributed.check_not_averaged(self._active_slots)
-            self._fold()
-            distributed.share_samples(self._active_slots)
-        self._catch_up()
-        if samples.folded < samples.count:
-            launches = self._launches_with_gradients()
-        else:
-            launches = self._point_to_slots([slot for slot in self._active_slots if slot.summed])
-        for _, part in launches:
-            part.summed = samples.folded > 0
-        return launches
-
     @staticmethod
     def _first_nonfinite(launches: Launches) -> str | None:
         found = [(part, backend.find_nonfinite(part)) for backend, part in launches]
         return next((part.slots[position].name for part, position in found if position is not None), None)
-
-    def _find_nonfinite(self, launches: Launches) -> str | None:
-        """Name of a parameter whose gradient of any sample holds inf or nan; all ranks agree with ``sync``."""
-        if self.nonfinite == "ignore":
-            return None
-        bad = self._first_nonfinite(launches)
-        bad = self._samples.nonfinite or bad
-        if bad is None and self._replicas > 1 and not distributed.sums_finite(self._active_slots):
-            bad = "a parameter on another rank"
-        return bad
 
     @staticmethod
     def _check(launches: Launches) -> None:
@@ -208,67 +287,3 @@ class Engine(ParameterStore):
         for backend, part in launches:
             assert isinstance(backend, DeviceBackend)
             backend.check(part)
-
-    def _update(self, launches: Launches, amp_scale: float, draw_next: bool) -> None:
-        """Take the step that the host has decided on."""
-        self._rows.update(self.param_groups, amp_scale, self._samples.count * self._replicas)
-        draw, held = self._train_draw(), self._held is not None
-        for backend, part in launches:
-            backend.step(part, draw, adopt=not held, draw_next=draw_next)
-        self._after_step(launches, draw_next)
-
-    def _update_on_device(
-        self, launches: Launches, draw_next: bool, found_inf: Tensor | None, grad_scale: Tensor | None
-    ) -> None:
-        """Launch the step; the devices skip it if a gradient is not finite or `found_inf` says so."""
-        self._check_capture()
-        if found_inf is None and self.nonfinite != "ignore" and self._samples.folded < self._samples.count:
-            self._check(launches)
-        self._rows.update(self.param_groups, 1.0, self._samples.count)
-        draw, held = self._train_draw(), self._held is not None
-        report = self.nonfinite == "raise" and found_inf is None
-        devices = [part.slots[0].mean.device for _, part in launches]
-        if len(set(devices)) > 1:
-            self._share_findings(devices)
-        for number, (backend, part) in enumerate(launches):
-            assert isinstance(backend, DeviceBackend)
-            final = devices[number] not in devices[number + 1 :]
-            guard = Guard(_on(devices[number], found_inf), _on(devices[number], grad_scale), report, final)
-            backend.step(part, draw, adopt=not held, draw_next=draw_next, guard=guard)
-        self._after_step(launches, draw_next)
-
-    def _share_findings(self, devices: list[torch.device]) -> None:
-        """Let every device of this step know what the others found, without waiting; its final launch forgets it."""
-        blocks = [self._controls[device].block for device in dict.fromkeys(devices)]
-        first = torch.stack([block[BAD].to(blocks[0].device, non_blocking=True) for block in blocks]).amin()
-        for block in blocks:
-            block[BAD].copy_(first, non_blocking=True)
-
-    def _after_step(self, launches: Launches, draw_next: bool) -> None:
-        held = self._held is not None
-        whole = launches is self._active
-        if held and not draw_next and not whole:
-            stepped = {slot for _, part in launches for slot in part.slots}
-            for backend, part in self._launches([slot for slot in self._active_slots if slot not in stepped]):
-                backend.restore(part)
-        if held or whole:
-            increment_version(self._active_params)
-        else:
-            increment_version([slot.param for _, part in launches for slot in part.slots])
-        self._forget_samples(findings=False)  # the final launch did that
-        self._held = None
-        if draw_next:
-            self._samples.count, self._samples.unused = 1, True
-            self._held = self._train_draw()
-
-    def _skip(self, keep_sample: bool) -> None:
-        """Leave state and counters as they are; the next step draws the same samples again."""
-        if not keep_sample or self._samples.count != 1:
-            self._restore()
-            self._forget_samples()
-            if keep_sample:
-                self._begin_sample()
-
-
-def _on(device: torch.device, flag: Tensor | None) -> Tensor | None:
-    return None if flag is None else flag.to(device, non_blocking=True)

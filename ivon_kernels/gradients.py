@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ivon_kernels import sharding
 from ivon_kernels.arena import Slot
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -22,7 +23,8 @@ def check_parameter(param: Tensor, name: str) -> None:
 
     Raises:
         TypeError: For a dtype other than float32, bfloat16, float16 and float64.
-        ValueError: For a sparse, meta, distributed (DTensor) or overlapping tensor.
+        ValueError: For a sparse, meta or overlapping tensor, for a DTensor in a placement that is not supported, and
+            for the flat parameters of FSDP1 and DeepSpeed's ZeRO-3.
     """
     if param.layout is not torch.strided:
         raise ValueError(f"{name} has layout {param.layout}; IVON trains dense parameters only")
@@ -33,8 +35,16 @@ def check_parameter(param: Tensor, name: str) -> None:
         )
     if param.device.type == "meta":
         raise ValueError(f"{name} is on the meta device; materialize the model before building the optimizer")
-    if hasattr(param, "to_local"):
-        raise ValueError(f"{name} is a DTensor; sharded parameters are not supported yet")
+    if hasattr(param, "_fsdp_flattened") or hasattr(param, "_is_flat_param"):
+        raise ValueError(
+            f"{name} belongs to FullyShardedDataParallel (FSDP1), whose flat shards do not say which elements they "
+            "hold; use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    if hasattr(param, "ds_id"):
+        raise ValueError(f"{name} is partitioned by DeepSpeed ZeRO-3, which IVON does not support; use fully_shard")
+    if (dtensor := sharding.as_dtensor(param)) is not None:
+        sharding.shard_of(dtensor, name)
+        param = sharding.local(dtensor)
     if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
         raise ValueError(f"{name} has elements that share memory (an expanded tensor); give IVON a clone of it")
 
@@ -65,15 +75,17 @@ class Samples:
     """
 
     count: int = 0  # samples drawn
+    replay: int | None = None  # evaluation sample whose noise the last one has
     unused: bool = False  # the only one was drawn by the step before, and nobody has asked for it yet
     folded: int = 0  # samples whose gradients are in the sums
+    of_all_ranks: int = 0  # samples in the sums once they are those of all ranks (sync=True)
     nonfinite: str | None = None  # parameter whose gradient was not finite in a folded sample
     closed: dict[Slot, tuple[Tensor, int]] = field(default_factory=dict)
 
     def close(self, slots: Iterable[Slot]) -> None:
         """Remember the gradients at the end of a block."""
         for slot in slots:
-            grad = slot.param.grad
+            grad = slot.grad_now()
             if grad is not None:
                 self.closed[slot] = (grad, grad._version)
 
@@ -81,7 +93,7 @@ class Samples:
         """Set each slot's `grad` to the gradient of the last sample, or None."""
         closed, strided, double = self.closed, torch.strided, torch.float64
         for slot in slots:
-            grad = slot.param.grad
+            grad = slot.grad_now()
             if grad is None and slot in closed:
                 grad = closed[slot][0]
             if grad is not None and (grad.layout is not strided or grad.dtype is double):
@@ -100,3 +112,27 @@ class Samples:
                 "the gradients of an MC sample were zeroed in place before they were read; between samples call "
                 "optimizer.zero_grad(), or zero_grad(set_to_none=True) on the model"
             )
+
+
+class EarlierGradient:
+    """Tells whether a gradient from before a sample was drawn is still part of the gradient after it.
+
+    That happens in ``step(closure)`` with a closure that does not clear the gradients: those of earlier micro-batches,
+    computed at the mean, would pass for the sample's. One parameter, the smallest, is watched, with a copy in place of
+    its gradient: what clears gradients leaves another tensor there, or writes zeros before anything is added.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        present = [param for param in params if param.grad is not None]
+        self.param = min(present, key=lambda param: param.numel(), default=None)
+        if self.param is not None and self.param.grad is not None:
+            self.before = self.param.grad
+            self.param.grad = self.copy = self.before.detach().clone()
+            self.version = self.copy._version
+
+    def kept(self) -> bool:
+        """Whether that gradient was left as it was or added to."""
+        if self.param is None or self.param.grad is not self.copy:
+            return False
+        writes = self.copy._version - self.version
+        return bool(self.before.any()) and (writes == 0 or (writes == 1 and bool(self.copy.any())))

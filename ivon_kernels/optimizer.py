@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from ivon_kernels import distributed
 from ivon_kernels.backends import Draw
-from ivon_kernels.engine import Engine, Launches
-from ivon_kernels.gradients import NonFiniteGradientError
+from ivon_kernels.engine import EDITED
 from ivon_kernels.noise import EVAL_STEP
+from ivon_kernels.stepper import Closure, Stepper
+from ivon_kernels.wrappers import forward_public_names
 
 __all__ = ["IVON"]
 
 _MAX_SAMPLES = 2**16
-Closure = Callable[[], Any]
 
 # Under torch.compile the public methods are graph breaks, as those of torch's own optimizers: there is nothing to trace
 # in one call of a compiled kernel, and a count or an address that changed must not recompile anything.
 
 
-class IVON(Engine):
+class IVON(Stepper):
     """Improved Variational Online Newton (Shen et al., ICML 2024, arXiv 2402.17641).
 
     Trains a Gaussian with mean ``m`` and standard deviation ``sigma = 1 / sqrt(ess (h + weight_decay))`` over every
@@ -60,12 +59,14 @@ class IVON(Engine):
         mc_samples: Samples that ``step(closure)`` draws. Loops decide themselves how many blocks they run.
         hess_approx: ``"price"`` (reparameterization: ``g eps / sigma``) or ``"gradsq"`` (``ess g^2``).
         clip_radius: Bound on each element of the preconditioned direction, before the learning rate.
-        sync: Draw independent noise on every rank and all-reduce the samples at the step (do not average the gradients
-            elsewhere then). The default, equal noise on every rank, suits DistributedDataParallel.
+        sync: Draw independent noise on every rank of the default process group and all-reduce the samples at the step
+            (do not average the gradients elsewhere then: under DistributedDataParallel use ``no_sync``). The default,
+            equal noise on every rank, suits DistributedDataParallel.
         debias: Divide the momentum by ``1 - beta1^t``.
         rescale_lr: Multiply ``lr`` by ``hess_init + weight_decay``.
         seed: 64-bit seed of the noise. None takes ``torch.initial_seed()``, so that ``torch.manual_seed`` governs it;
-            two optimizers then share their noise. The global generator is never advanced.
+            two optimizers then share their noise. The global generator is never advanced. The ranks of a process group
+            take rank 0's; different ones that were given are refused, at the latest at the first training sample.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest for each parameter.
         nonfinite: What a gradient with inf or nan does at the step: ``"raise"`` :class:`NonFiniteGradientError`, or
             ``"skip"`` the step and count it in :attr:`skipped_steps`. Either way the state is unchanged. On a GPU the
@@ -117,8 +118,10 @@ class IVON(Engine):
         self.nonfinite = nonfinite
         self.sample_in_step = sample_in_step
         self._mode = False  # train() was called last, not eval()
+        self._evaluating = False  # in a block that holds an evaluation sample
         self._in_closure = False
         self._eval_samples = 0
+        self._seed_given = seed is not None
         defaults = {
             "lr": lr,
             "ess": ess,
@@ -133,9 +136,13 @@ class IVON(Engine):
             "mc_samples": mc_samples,
             "sync": sync,
             "capturable": capturable,
-            "seed": distributed.agree_on_seed(seed),
+            "seed": distributed.agree_on_seed(torch.initial_seed() if seed is None else seed, seed is not None, 0),
         }
         super().__init__(params, defaults, backend)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        forward_public_names(cls, IVON)
 
     @classmethod
     def for_lora(
@@ -197,11 +204,13 @@ class IVON(Engine):
         Args:
             train: Whether the block's gradients go into the next step.
             sample: Evaluation sample to replay, in ``[0, 65536)``: the same noise at any time and on any device. None
-                takes the next one of a counter that starts at 0.
+                takes the next one of a counter that starts at 0; with ``train=True``, fresh noise. With ``train=True``
+                and a number, the step trains under the sample that, say, rollouts were generated with.
 
         Raises:
-            ValueError: If `sample` is out of range or given with ``train=True``.
-            RuntimeError: If ``train=True`` and a sample is in the weights already.
+            ValueError: If `sample` is out of range.
+            RuntimeError: If ``train=True`` and a sample is in the weights already; after the block, if somebody else
+                wrote into the weights during it.
         """
         if train:
             drawn = self._enter_train_block(sample)
@@ -221,8 +230,7 @@ class IVON(Engine):
     @_disable_dynamo
     def _enter_train_block(self, sample: int | None) -> int:
         """Returns how many samples were drawn, this one included; 0 in a closure."""
-        if sample is not None:
-            raise ValueError("sample= chooses an evaluation sample; training samples are counted by the step")
+        _check_sample(sample)
         if self._in_closure:  # step(closure) holds the sample; ivon-opt's closures enter the context themselves
             return 0
         if self._held is not None:
@@ -232,7 +240,7 @@ class IVON(Engine):
             )
         if self._samples.unused:  # eval() ended the loop that it was drawn for
             self._forget_samples()
-        self._begin_sample()
+        self._begin_sample(sample)
         return self._samples.count
 
     @_disable_dynamo
@@ -242,50 +250,69 @@ class IVON(Engine):
         if failed:
             self._abort_sample()
             return
+        edited = self._edited()
         self._restore()
         if self._samples.count == drawn:  # else the block took the step itself
             self._samples.close(self._active_slots)
+        if edited:
+            raise RuntimeError(EDITED)
 
     @_disable_dynamo
-    def _enter_evaluation(self, sample: int | None) -> Draw | None:
-        """Returns what the weights held before."""
+    def _enter_evaluation(self, sample: int | None) -> tuple[Draw | None, bool]:
+        """Returns what the weights held before, and whether for evaluation."""
+        _check_sample(sample)
         if sample is None:
             sample = self._eval_samples
             self._eval_samples = (self._eval_samples + 1) % _MAX_SAMPLES
-        if not isinstance(sample, int) or not 0 <= sample < _MAX_SAMPLES:
-            raise ValueError(f"sample must be a whole number in [0, {_MAX_SAMPLES}), got {sample!r}")
-        outer = self._held
+        outer = self._held, self._evaluating
         self._put(Draw(self.seed, sample, step=EVAL_STEP))
+        self._evaluating = True
         return outer
 
     @_disable_dynamo
-    def _leave_evaluation(self, outer: Draw | None) -> None:
-        if outer is None:
-            self._restore()
+    def _leave_evaluation(self, outer: tuple[Draw | None, bool]) -> None:
+        held, self._evaluating = outer
+        if held is None:
+            self._restore_unedited()
         else:
-            self._put(outer)
+            self._put(held)
 
     @_disable_dynamo
-    def train(self) -> None:
+    def train(self, sample: int | None = None) -> None:
         """Put the sample of the coming step into the weights; free if it is there already.
 
+        Args:
+            sample: Take the noise of this evaluation sample, in ``[0, 65536)``, instead of fresh noise: the step trains
+                under the sample that ``sampled_params(sample=...)`` held, while rollouts were generated, say.
+
         Raises:
-            RuntimeError: Inside a block that holds an evaluation sample.
+            ValueError: If `sample` is out of range.
+            RuntimeError: Inside a block that holds an evaluation sample, or if another sample was drawn for this step.
         """
         self._require_no_evaluation("train()")
+        _check_sample(sample)
+        if sample is not None and self._samples.unused:
+            self.discard_samples()
         self._mode = True
         self._samples.unused = False
-        if self._held is None:
-            if self._samples.count:
-                self._put(self._train_draw())
-            else:
-                self._begin_sample()
+        if not self._samples.count:
+            self._begin_sample(sample)
+        elif sample is not None and sample != self._samples.replay:
+            raise RuntimeError(
+                f"train(sample={sample}), but this step has another sample: call step() or discard_samples() first"
+            )
+        elif self._held is None:
+            self._put(self._train_draw())
 
     @_disable_dynamo
     def eval(self) -> None:
-        """Restore the mean; :meth:`train` puts the same sample back if the step has not been taken."""
+        """Restore the mean; :meth:`train` puts the same sample back if the step has not been taken.
+
+        Raises:
+            RuntimeError: With the mean restored, if somebody else wrote into the weights while they held the sample.
+        """
         self._mode = False
-        self._restore()
+        self._restore_unedited()
 
     @_disable_dynamo
     def next_sample(self) -> None:
@@ -299,12 +326,6 @@ class IVON(Engine):
         self._require_no_evaluation("next_sample()")
         self._mode = True
         self._begin_sample()
-
-    @_disable_dynamo
-    def discard_samples(self) -> None:
-        """Forget the unfinished step and restore the mean; the next sample is the first one of this step again."""
-        self._restore()
-        self._forget_samples()
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -321,19 +342,24 @@ class IVON(Engine):
 
         Args:
             closure: Clears the gradients, computes the loss, calls backward and returns the loss. It is called under
-                each of `mc_samples` samples (train mode's current one first).
+                each of `mc_samples` samples (train mode's current one first). One that computes no gradient adds no
+                sample to those drawn before.
 
         Returns:
             The closure's loss, averaged over the samples, or None.
 
         Raises:
-            RuntimeError: If no sample was drawn since the last step.
+            RuntimeError: If no sample was drawn since the last step, or the closure's own sample would get gradients
+                that were computed before it.
             NonFiniteGradientError: For inf or nan in a gradient, with ``nonfinite="raise"``; the samples are discarded.
                 Under a GradScaler such steps are skipped instead.
         """
         self._require_no_evaluation("step()")
         self._raise_reported()
-        draw_next = self.sample_in_step and self._mode and self._held is not None
+        if self._edited():
+            self.discard_samples()
+            raise RuntimeError(EDITED)
+        draw_next = self.sample_in_step and self._mode and self._held is not None and self._samples.replay is None
         loss = None if closure is None else self._run_closure(closure)
         if not self._samples.count:
             raise RuntimeError(
@@ -341,7 +367,11 @@ class IVON(Engine):
                 "or call optimizer.train() before the forward pass"
             )
         found_inf, grad_scale = self._scaler_flags()
+        if self._replicas > 1:
+            found_inf, grad_scale = self._share_samples(found_inf, grad_scale), None
         launches = self._gather()
+        if closure is None:  # a closure may decide to skip its batch
+            self._require_gradients(launches)
         if self._on_device:
             self._update_on_device(launches, draw_next, found_inf, grad_scale)
             self._raise_reported()
@@ -349,67 +379,13 @@ class IVON(Engine):
             self._step_on_host(launches, draw_next, found_inf, grad_scale)
         return loss
 
-    def _step_on_host(
-        self, launches: Launches, draw_next: bool, found_inf: Tensor | None, grad_scale: Tensor | None
-    ) -> None:
-        bad = self._find_nonfinite(launches)
-        if bad is not None and self.nonfinite == "raise" and found_inf is None:
-            self.discard_samples()
-            raise self._nonfinite_error(bad, "the step was not taken")
-        if bad is not None or (found_inf is not None and bool(found_inf)):
-            self._skipped += 1
-            self._skip(keep_sample=draw_next)
-        else:
-            self._update(launches, 1.0 if grad_scale is None else float(grad_scale), draw_next)
-
-    @staticmethod
-    def _nonfinite_error(name: str, consequence: str) -> NonFiniteGradientError:
-        return NonFiniteGradientError(
-            f"the gradient of {name} holds inf or nan; {consequence} and nothing was changed "
-            "(nonfinite='skip' skips such steps)"
-        )
-
-    def _raise_reported(self) -> None:
-        """Raise if a device has skipped a step since the last look, for a gradient that is not finite.
-
-        The host does not wait for the device, so it may learn of it a step or more later.
-        """
-        reports = [control.new_report() for control in self._controls.values()]  # devices may report the same step
-        index = next((report for report in reports if report is not None), None)
-        if index is not None:
-            self.discard_samples()
-            name = next((slot.name for slot in self._ordered if slot.index == index), f"parameter {index}")
-            raise self._nonfinite_error(name, "the device did not take that step")
-
-    def _run_closure(self, closure: Closure) -> Any:
-        losses = []
-        self._in_closure = True
-        try:
-            for number in range(self.param_groups[0]["mc_samples"]):
-                if number or self._held is None:
-                    self._begin_sample()
-                with torch.enable_grad():
-                    losses.append(closure())
-        except BaseException:
-            self.discard_samples()
-            raise
-        finally:
-            self._in_closure = False
-        return losses[0] if len(losses) == 1 else sum(losses) / len(losses)
-
-    def _scaler_flags(self) -> tuple[Tensor | None, Tensor | None]:
-        """What a GradScaler left here: whether it saw an overflow, and the scale that the gradients still carry."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        if found_inf is not None and grad_scale is None and self._samples.folded:
-            raise RuntimeError(
-                "GradScaler.unscale_ unscales the last MC sample only; with several samples per step call "
-                "scaler.step(optimizer) without unscale_"
-            )
-        return found_inf, grad_scale if found_inf is not None else None
-
     def _require_no_evaluation(self, call: str) -> None:
-        if self._held is not None and self._held.step == EVAL_STEP:
+        if self._evaluating:
             raise RuntimeError(
                 f"{call} inside a sampled_params() block that holds an evaluation sample: leave it first"
             )
+
+
+def _check_sample(sample: int | None) -> None:
+    if sample is not None and not (isinstance(sample, int) and 0 <= sample < _MAX_SAMPLES):
+        raise ValueError(f"sample must be a whole number in [0, {_MAX_SAMPLES}), got {sample!r}")

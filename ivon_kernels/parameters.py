@@ -1,17 +1,17 @@
-"""What lies under the optimizer's front end: parameters and their state, the sample in the weights, launches."""
+"""The optimizer's parameters: their state, where they live, and the launches that walk them."""
 
 from __future__ import annotations
 
 import difflib
+import operator
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from ivon_kernels import checkpoint, diagnostics, hyperparameters
+from ivon_kernels import hyperparameters, sharding
 from ivon_kernels.arena import Arena, Slot, SlotList, by_backend, state_dtype
 from ivon_kernels.backends import Backend, Control, Draw, choose
 from ivon_kernels.gradients import Samples, check_parameter
@@ -21,11 +21,12 @@ _MAX_SUBSETS = 64  # of the active slots, which models that leave parameters unu
 _Place = tuple[Tensor, int, int]  # parameter, its group, its index among all parameters
 
 
-class ParameterStore(Optimizer):
+class Parameters(Optimizer):
     """Everything of the optimizer that users do not call: see :class:`ivon_kernels.IVON`."""
 
     _step_supports_amp_scaling = True
     nonfinite: Literal["raise", "skip", "ignore"]
+    _seed_given: bool  # somebody chose the seed; it is not just torch's
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         self._backend_name = backend
@@ -35,6 +36,7 @@ class ParameterStore(Optimizer):
         self._rows = Rows()
         self._controls: dict[torch.device, Control] = {}
         self._lr: dict[int, Tensor] = {}  # learning rate of each group, with capturable
+        self._lists: list[list[Tensor]] = []  # the parameters of each group
         self._stale = False  # the active slots have to be chosen again
         self._grads_in_slots = False
         self._frozen: list[Slot] = []  # slots of parameters that were trained and are frozen now
@@ -42,6 +44,7 @@ class ParameterStore(Optimizer):
         self._samples = Samples()
         self._held: Draw | None = None  # the sample in the weights; None: the mean
         self._skipped = 0  # steps that the host skipped
+        self._mean_copies: dict[Slot, Tensor] = {}  # handed out by mean_of, while a sample is in the weights
         self._loading: dict[str, Any] | None = None  # the state dict that load_state_dict is taking over
         super().__init__(params, defaults)
 
@@ -66,25 +69,6 @@ class ParameterStore(Optimizer):
         """Whether every rank draws noise of its own."""
         return bool(self.param_groups) and bool(self.param_groups[0]["sync"])
 
-    @property
-    def skipped_steps(self) -> int:
-        """Steps not taken, because of a GradScaler or with ``nonfinite="skip"``. Waits for devices that count them."""
-        return self._skipped + sum(control.skipped() for control in self._controls.values())
-
-    def diagnostics(self) -> list[dict[str, Any]]:
-        """Whether training changes anything, one dict per parameter group.
-
-        Returns:
-            For each group ``elements``, ``steps``, and, as ``{quantile: value}`` over its elements, ``sigma``
-            (posterior standard deviation), ``snr`` (``|mean| / sigma``) and ``hess_over_init`` (1: the Hessian has not
-            moved); ``clipped`` is the share of elements whose last direction the clip radius binds.
-        """
-        self._adopt_edits()
-        groups: list[list[Slot]] = [[] for _ in self.param_groups]
-        for slot in self._ordered:
-            groups[slot.group].append(slot)
-        return [diagnostics.summarize(group, slots) for group, slots in zip(self.param_groups, groups, strict=True)]
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in every torch optimizer.
 
@@ -103,103 +87,18 @@ class ParameterStore(Optimizer):
         try:
             hyperparameters.validate(group, f"parameter group {number}")
             for param, name in zip(group["params"], self._names(group, number), strict=True):
-                check_parameter(param, name)
-                choose(self._backend_name, param.device, param.dtype)
+                if group["sync"] and sharding.as_dtensor(param) is not None:
+                    raise ValueError(
+                        f"sync=True draws other noise on every rank, but {name} is a DTensor, of which ranks hold parts"
+                    )
+                if param.requires_grad:  # a frozen one may be a quantized weight
+                    check_parameter(param, name)
+                    choose(self._backend_name, param.device, param.dtype)
             self._hold_lr()
         except (ValueError, TypeError, RuntimeError):
             self.param_groups.pop()
             raise
         self._place([place for place in self._places() if self._needs_state(place[0])], {})
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in every torch optimizer. `mean` is the mean also while a sample is in the weights.
-
-        A step that is under way (samples drawn, :meth:`step` not yet called) is not part of it.
-        """
-        self._adopt_edits()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue exactly where the state dict was taken: state, counters, seed and hyperparameters; never cast down.
-
-        The weights are set to the saved mean. State dicts of ivon-opt 0.1.3 are taken too (load the weights first).
-
-        Raises:
-            ValueError: If it does not fit; nothing is changed then.
-        """
-        loaded: dict[str, Any] = {}
-
-        def capture(_: Optimizer, candidate: dict[str, Any]) -> dict[str, Any]:
-            if checkpoint.is_ivon_opt(candidate):
-                candidate = checkpoint.from_ivon_opt(candidate, self.param_groups)
-            checkpoint.check(candidate, self.param_groups, self._all_names())
-            loaded.update(candidate)
-            return candidate
-
-        # torch casts float state to the parameter's dtype; `capture`, the last hook to run, keeps the original for
-        # __setstate__, which torch calls before the post hooks.
-        hook = self.register_load_state_dict_pre_hook(capture)
-        self._loading = loaded
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-            self._loading = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {key: value for key, value in self.__dict__.items() if key in self._plain_attributes()}
-        own["_skipped"] = self.skipped_steps
-        sums = {slot.index: slot.sums for slot in self._slots.values() if slot.sums is not None}
-        samples = (self._samples.count, self._samples.folded, self._samples.nonfinite)
-        active = [slot.index for slot in self._active_slots]
-        return {**super().__getstate__(), "_own": (own, samples, sums, active, self._findings())}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        restored = state.pop("_own", None)
-        super().__setstate__(state)
-        if restored is None:
-            self._finish_loading()
-            return
-        own, (count, folded, nonfinite), sums, active, found = restored
-        self.__dict__.update(own)
-        self._slots, self._ordered, self._loading = {}, [], None
-        self._rows, self._controls, self._lr, self._grads_in_slots, self._frozen = Rows(), {}, {}, False, []
-        self._hold_lr()
-        self._samples = Samples(count, folded=folded, nonfinite=nonfinite)
-        self._set_state(dict(self.state))
-        slots = {slot.index: slot for slot in self._slots.values()}
-        self._activate([slots[index] for index in active])
-        self._carry_over(sums, found)
-
-    @torch.no_grad()
-    def _finish_loading(self) -> None:
-        """Take over the state dict as it was before torch cast it, and put its mean into the weights."""
-        assert self._loading is not None
-        saved = checkpoint.by_parameter(self._loading, self.param_groups)
-        self._samples, self._held = Samples(), None
-        for group in self.param_groups:
-            if not self.defaults["capturable"] and group.get("capturable"):
-                group["lr"] = float(group["lr"])
-            group["capturable"] = self.defaults["capturable"]  # how the optimizer runs, not what it has learned
-        self._hold_lr()
-        self._set_state(saved)
-        self._rows.update(self.param_groups)
-        for backend, slots in by_backend([self._slots[param] for param in saved], self._rows):
-            backend.restore(slots)
-        increment_version(list(saved))
-
-    @staticmethod
-    def _plain_attributes() -> tuple[str, ...]:
-        return (
-            "nonfinite",
-            "sample_in_step",
-            "_mode",
-            "_in_closure",
-            "_eval_samples",
-            "_backend_name",
-            "_held",
-        )
 
     def _hold_lr(self) -> None:
         """Keep each group's learning rate in the float64 tensor that captured graphs read (``capturable=True``).
@@ -257,36 +156,72 @@ class ParameterStore(Optimizer):
             for (device, dtype), bucket in buckets.items():
                 backends = [choose(self._backend_name, param.device, param.dtype) for param, _, _ in bucket]
                 keep_noise = any(backend.keeps_noise for backend in backends)
-                arena = Arena([param.numel() for param, _, _ in bucket], device, dtype, keep_noise)
+                sizes = [sharding.memory(param).numel() for param, _, _ in bucket]
+                arena = Arena(sizes, device, dtype, keep_noise)
                 if any(backend.on_device for backend in backends):
                     if device not in self._controls:
                         self._controls[device] = Control(device)
                     arena.control = self._controls[device]
                 for position, ((param, number, index), backend) in enumerate(zip(bucket, backends, strict=True)):
-                    slot = Slot(param, names[param], index, number, backend, arena, position)
+                    slot = self._slot(param, names[param], index, number, backend, arena, position)
                     slot.set_state(saved.get(param), float(self.param_groups[number]["hess_init"]))
                     self._slots[param] = slot
                     self.state[param] = slot.state()
         self._ordered = sorted(self._slots.values(), key=lambda slot: slot.index)
         self._stateless = [place for place in self._places() if place[0] not in self._slots]
+        self._lists = [group["params"] for group in self.param_groups]
         self._stale = True
 
-    def _set_state(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
-        """The state of all parameters: from `saved` where it has some, initial for other trainable ones."""
+    @staticmethod
+    def _slot(param: Tensor, name: str, index: int, group: int, backend: Backend, arena: Arena, position: int) -> Slot:
+        dtensor = sharding.as_dtensor(param)
+        if dtensor is None:
+            return Slot(param, name, index, group, backend, arena, position)
+        shard = sharding.shard_of(dtensor, name)
+        return Slot(sharding.local(dtensor), name, index, group, backend, arena, position, dtensor, shard)
+
+    def _follow_swaps(self) -> None:
+        """Take over parameters that replaced others in the groups, as Accelerate does when it shards a model (FSDP2).
+
+        Raises:
+            RuntimeError: If they do not correspond to the ones before, or those hold a sample.
+        """
+        lists = [group["params"] for group in self.param_groups]
+        if len(lists) == len(self._lists) and all(map(operator.is_, lists, self._lists)):
+            return
+        before = {slot.index: slot for slot in self._ordered}
+        places = self._places()
+        if len(places) != len(before) + len(self._stateless) or self._held is not None or self._samples.count:
+            raise RuntimeError(
+                "the parameters in optimizer.param_groups were replaced by others during a step, or by another number "
+                "of them; build a new optimizer, or use add_param_group"
+            )
+        names = self._all_names()
+        saved: dict[Tensor, dict[str, Any]] = {}
+        self._slots = {}
+        for param, _, index in places:
+            if param.requires_grad:
+                check_parameter(param, names[param])
+            slot = before.get(index)
+            if slot is not None and slot.parameter is param:
+                self._slots[param] = slot
+            elif slot is not None:
+                self.state.pop(slot.parameter, None)
+                if slot.step and slot.parameter.shape == param.shape:  # else it starts from the parameter as it is
+                    saved[param] = slot.state()
         self._activate([])
-        self.state.clear()
-        for slot in self._ordered:
-            slot.summed = False
-            slot.set_state(saved.get(slot.param), float(self.param_groups[slot.group]["hess_init"]))
-            self.state[slot.param] = slot.state()
-        new = [p for p in self._places() if self._needs_state(p[0]) or (p[0] in saved and p[0] not in self._slots)]
-        self._place(new, saved)
+        self._place(
+            [p for p in places if self._needs_state(p[0]) or (p[0] in saved and p[0] not in self._slots)], saved
+        )
 
     def _activate(self, slots: list[Slot]) -> None:
         """Make these the slots whose weights are sampled."""
         self._active_slots = slots
         self._active = by_backend(slots, self._rows)
-        self._active_params = [slot.param for slot in slots]
+        self._active_params = [slot.parameter for slot in slots]
+        dtensors = [slot.dtensor for slot in slots if slot.dtensor is not None]
+        self._sharded = bool(dtensors)
+        self._fsdp = sharding.fsdp_modules(dtensors) if dtensors else []
         # With sync=True the ranks have to agree on whether to step, so the host decides.
         self._on_device = bool(slots) and all(backend.on_device for backend, _ in self._active) and not self.sync
         self._on_cuda = self._on_device and slots[0].param.is_cuda
@@ -307,13 +242,13 @@ class ParameterStore(Optimizer):
         """Keep up with parameters whose memory, strides, device or dtype changed. Returns whether there were any."""
         moved = [slot for slot in slots if slot.moved()]
         for slot in moved:
+            slot.remember_storage()
             if slot.param.shape != slot.mean.shape:
                 raise RuntimeError(
                     f"{slot.name} had shape {tuple(slot.mean.shape)} when the optimizer was built and has "
                     f"{tuple(slot.param.shape)} now; build a new optimizer"
                 )
-            check_parameter(slot.param, slot.name)
-            slot.remember_storage()
+            check_parameter(slot.parameter, slot.name)
         elsewhere = [
             slot
             for slot in moved
@@ -321,10 +256,10 @@ class ParameterStore(Optimizer):
             or slot.backend.unsupported(slot.param.device, slot.param.dtype) is not None
         ]
         if elsewhere:
-            saved = {slot.param: slot.state() for slot in elsewhere}
+            saved = {slot.parameter: slot.state() for slot in elsewhere}
             sums = {slot.index: slot.sums for slot in elsewhere if slot.sums is not None}
             found = self._findings()
-            self._place([(slot.param, slot.group, slot.index) for slot in elsewhere], saved)
+            self._place([(slot.parameter, slot.group, slot.index) for slot in elsewhere], saved)
             self._carry_over(sums, found)
         return bool(moved)
 
@@ -351,22 +286,28 @@ class ParameterStore(Optimizer):
 
     def _refresh(self) -> None:
         """Decide whose weights to sample: every trainable parameter, wherever it now lives."""
+        self._follow_swaps()
         if not (
             self._stale
             or any(slots.moved() for _, slots in self._active)
-            or any(slot.param.requires_grad for slot in self._frozen)
+            or any(slot.parameter.requires_grad for slot in self._frozen)
             or any(place[0].requires_grad for place in self._stateless)
         ):
             return
         thawed = [place for place in self._stateless if place[0].requires_grad]
         if thawed:
+            names = self._all_names()
+            for param, _, _ in thawed:
+                check_parameter(param, names[param])
             self._place(thawed, {})
-        self._follow_moves([slot for slot in self._ordered if slot.param.requires_grad])
-        self._activate([slot for slot in self._ordered if slot.param.requires_grad])
-        self._frozen = [slot for slot in self._ordered if not slot.param.requires_grad]
+        trained = [slot.parameter for slot in self._ordered if slot.parameter.requires_grad]
+        self._follow_moves([self._slots[param] for param in trained])
+        self._activate([self._slots[param] for param in trained])
+        self._frozen = [slot for slot in self._ordered if not slot.parameter.requires_grad]
         self._stale = False
 
     def _adopt_edits(self) -> None:
+        self._follow_swaps()
         if self._held is None:
             with torch.no_grad():
                 self._follow_moves(self._ordered)

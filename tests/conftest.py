@@ -14,6 +14,7 @@ from hypothesis import settings
 from ivon_kernels import available_backends, backends
 from ivon_kernels.backends.triton_launch import interpreted
 from tests import cuda_emulator
+from tests.ranks import Ranks
 
 interpreted()  # decides it for good: a test may change the variable later
 
@@ -91,6 +92,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if reason is not None:
         pytest.skip(f"backend {name}: {reason}")
     return name
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that run a function as the ranks of a process group: ``ranks.run(world_size, function, *args)``."""
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

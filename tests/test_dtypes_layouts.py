@@ -305,8 +305,14 @@ def test_overlapping_storage_is_refused(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_unsupported_dtypes_are_refused(backend: str, dtype: torch.dtype) -> None:
-    with pytest.raises((TypeError, ValueError), match="float8"):
-        IVON([nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)], backend=backend, **OPTIONS)
+    parameter = nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)
+    trained = nn.Parameter(torch.ones(3))
+    optimizer = IVON([trained, parameter], backend=backend, **OPTIONS)  # frozen: left alone
+    parameter.requires_grad_()
+    with pytest.raises(TypeError, match="float8"):
+        optimizer.train()
+    with pytest.raises(TypeError, match="float8"):
+        IVON([parameter], backend=backend, **OPTIONS)
 
 
 def test_meta_parameters_are_refused(backend: str) -> None:

@@ -203,6 +203,20 @@ def test_a_parameter_in_some_blocks_only_averages_over_all_samples(backend: str)
     torch.testing.assert_close(optimizer.state[sometimes]["momentum"], torch.full((3,), 0.2))
 
 
+def test_a_parameter_that_is_unfrozen_between_samples_joins_them(backend: str) -> None:
+    always, late = parameters(3, 3)
+    late.requires_grad_(False)
+    optimizer = IVON([always, late], backend=backend, mc_samples=4, **OPTIONS)
+    for i in range(4):
+        optimizer.zero_grad()
+        late.requires_grad_(i >= 2)
+        with optimizer.sampled_params(train=True):
+            (always.sum() + 4 * late.sum()).backward()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[always]["momentum"], torch.full((3,), 0.1))
+    torch.testing.assert_close(optimizer.state[late]["momentum"], torch.full((3,), 0.2))
+
+
 def test_a_parameter_that_joins_late_is_debiased_by_its_own_count(backend: str) -> None:
     optimizer, (early, late) = fresh(backend, 3, 3, rescale_lr=False, weight_decay=0.0)
     train(optimizer, [early], 5)
@@ -217,6 +231,8 @@ def test_a_parameter_that_joins_late_is_debiased_by_its_own_count(backend: str) 
 
 def test_all_parameters_without_gradient(backend: str) -> None:
     optimizer, params = fresh(backend)
+    train(optimizer, params, 1)
+    optimizer.zero_grad()
     before = snapshot(optimizer)
     with optimizer.sampled_params(train=True):
         pass
@@ -262,11 +278,21 @@ def test_complex_parameters_are_refused(backend: str, dtype: torch.dtype) -> Non
         IVON([nn.Parameter(torch.ones(3, dtype=dtype))], backend=backend, **OPTIONS)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
-def test_integer_parameters_are_refused(backend: str, dtype: torch.dtype) -> None:
-    p = nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=False)
-    with pytest.raises((TypeError, ValueError), match=str(dtype).removeprefix("torch.")):
-        IVON([p], backend=backend, **OPTIONS)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64]
+)
+def test_frozen_parameters_of_any_dtype_are_left_alone(backend: str, dtype: torch.dtype) -> None:
+    """Quantized weights, for example, of a model that was passed whole."""
+    frozen = nn.Parameter(torch.ones(5).to(dtype), requires_grad=False)
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = IVON([frozen, weight], backend=backend, **OPTIONS)
+    for _ in range(2):
+        optimizer.train()
+        weight.square().sum().backward()
+        optimizer.step()
+    assert torch.equal(frozen, torch.ones(5).to(dtype)) and float(weight.detach().min()) < 1
+    assert list(optimizer.state) == [weight]
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 def test_sparse_parameters_are_refused(backend: str) -> None:

@@ -347,12 +347,6 @@ def test_a_bad_evaluation_sample_is_an_error(backend: str, sample: Any) -> None:
     assert torch.equal(flat(params), mean)
 
 
-def test_choosing_the_training_sample_is_an_error(backend: str) -> None:
-    optimizer, _ = fresh(backend)
-    with pytest.raises(ValueError, match="sample"), optimizer.sampled_params(train=True, sample=3):
-        pass
-
-
 # --- closures -------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,6 @@ import copy
 import functools
 import io
 import math
-import multiprocessing
 import pickle
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ivon_kernels import IVON
+from tests.ranks import Ranks
 
 Make = Callable[..., Any]
 
@@ -282,50 +282,23 @@ class Rank(NamedTuple):
 CURVATURE = 4.0
 
 
-def fit_under_ddp(make: Make, rank: int, sync: bool) -> Rank:
+def fit_under_ddp(make: Make, sync: bool) -> Rank:
     """Fits a quadratic of known curvature. Each rank has its own global seed, as ranks that load data have."""
     model = nn.Linear(4096, 1, bias=False)
     nn.init.zeros_(model.weight)
     replica = nn.parallel.DistributedDataParallel(model)
-    torch.manual_seed(rank)
+    torch.manual_seed(dist.get_rank())
     optimizer = make(model.parameters(), lr=1e-2, ess=100.0, beta2=0.98, hess_init=CURVATURE, sync=sync)
-    for _ in range(40):
-        with optimizer.sampled_params(train=True):
-            optimizer.zero_grad()
-            unused = replica(torch.zeros(1, 4096)).sum()  # DDP wants its forward; the loss reads the weights
-            (unused + 0.5 * CURVATURE * model.weight.square().sum()).backward()
-        optimizer.step()
+    try:
+        for _ in range(40):
+            with optimizer.sampled_params(train=True):
+                optimizer.zero_grad()
+                unused = replica(torch.zeros(1, 4096)).sum()  # DDP wants its forward; the loss reads the weights
+                (unused + 0.5 * CURVATURE * model.weight.square().sum()).backward()
+            optimizer.step()
+    except RuntimeError as error:
+        return Rank(torch.zeros(0), math.nan, str(error))
     return Rank(model.weight.detach().clone(), float(state(optimizer, "hess").mean()))
-
-
-def rank_main(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    for name, make in (("ivon", ivon.IVON), ("ours", IVON)):
-        for sync in (False, True):
-            try:
-                result = fit_under_ddp(make, rank, sync)
-            except RuntimeError as error:
-                result = Rank(torch.zeros(0), math.nan, str(error))
-            torch.save(tuple(result), f"{folder}/{name}-{sync}-{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], list[Rank]]:
-    """Runs both optimizers in two processes, once; gives the two ranks of one run."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=rank_main, args=(rank, str(folder))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-
-    def run(name: str, sync: bool) -> list[Rank]:
-        return [Rank(*torch.load(folder / f"{name}-{sync}-{rank}.pt")) for rank in range(2)]
-
-    return run
 
 
 class Trap(NamedTuple):
@@ -404,15 +377,12 @@ def curvature_is_right(first: Rank, second: Rank) -> None:
         assert right or "average" in rank.refusal, "the Hessian is divided by the world size"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sync", "check", "message"),
     [(False, ranks_agree, "the ranks diverge"), (True, curvature_is_right, "the Hessian is divided by the world size")],
     ids=["different seeds diverge", "sync divides the Hessian"],
 )
-def test_two_ranks(
-    two_ranks: Callable[[str, bool], list[Rank]], sync: bool, check: Callable[[Rank, Rank], None], message: str
-) -> None:
+def test_two_ranks(ranks: Ranks, sync: bool, check: Callable[[Rank, Rank], None], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        check(*two_ranks("ivon", sync))
-    check(*two_ranks("ours", sync))
+        check(*ranks.run(2, fit_under_ddp, ivon.IVON, sync))
+    check(*ranks.run(2, fit_under_ddp, IVON, sync))

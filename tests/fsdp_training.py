@@ -1,0 +1,414 @@
+"""What the ranks of tests/test_fsdp.py run: functions of modules, so that they can be sent to other processes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from ivon_kernels import IVON, backends
+from ivon_kernels.integrations.state_dict import save_mean
+
+OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 0.01, "seed": 11}
+BATCH = 8
+Trained = tuple[list[dict[str, Tensor]], dict[str, Tensor]]  # sampled weights of every step; weights and state
+TwoStates = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+class Model(nn.Module):
+    """Sizes that do not divide evenly: some ranks have shorter shards than others, or none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.norm = nn.LayerNorm(8)
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.norm(self.first(x)).tanh())
+        return out
+
+
+def build(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return Model()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1000 + step)
+    return torch.randn(BATCH, 5, generator=generator), torch.randn(BATCH, 3, generator=generator)
+
+
+def share(step: int) -> tuple[Tensor, Tensor]:
+    """This rank's part of the batch."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    x, y = batch(step)
+    return x.chunk(world)[rank], y.chunk(world)[rank]
+
+
+def loss_of(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(data[0]) - data[1]).square().mean()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of all of it, on every rank."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def everything(model: nn.Module, optimizer: IVON) -> dict[str, Tensor]:
+    """Weights and state, unsharded, by name."""
+    found = {}
+    for name, p in model.named_parameters():
+        found[name] = whole(p)
+        for key, value in optimizer.state[p].items():
+            found[f"{name}.{key}"] = whole(value)
+    return found
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def steps(
+    model: nn.Module, optimizer: IVON, count: int, *, start: int = 0, same_data: bool = True, clip: float | None = None
+) -> list[dict[str, Tensor]]:
+    """A training loop; returns the sampled weights of every step.
+
+    With `same_data` all ranks see the whole batch, so that averaging their gradients rounds nothing at 1, 2 or 4 ranks.
+    """
+    sampled = []
+    for step in range(start, start + count):
+        optimizer.train()
+        sampled.append(weights(model))
+        optimizer.zero_grad()
+        loss_of(model, batch(step) if same_data else share(step)).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+    return sampled
+
+
+def shard(model: Model, kind: str) -> DeviceMesh | None:
+    """Shard a model in one of the ways that the tests name."""
+    if kind == "plain":
+        return None
+    world = dist.get_world_size()
+    if kind == "tensor parallel":
+        return _tensor_parallel(model, init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp")))
+    hybrid = kind == "HSDP"
+    mesh = init_device_mesh(
+        "cpu", (2, world // 2) if hybrid else (world,), mesh_dim_names=("replicas", "shards") if hybrid else ("shards",)
+    )
+    if kind == "columns":  # FSDP2 wants an inner dimension to divide evenly
+        fully_shard(model.last, mesh=mesh, shard_placement_fn=_by_columns)
+    elif kind == "mixed":  # the norm stays an ordinary module
+        fully_shard(model.first, mesh=mesh)
+        fully_shard(model.last, mesh=mesh)
+    else:
+        for module in (model.first, model.last, model):
+            fully_shard(module, mesh=mesh)
+    return mesh
+
+
+def _by_columns(param: nn.Parameter) -> Shard:
+    return Shard(1 if param.ndim == 2 else 0)
+
+
+def _tensor_parallel(model: Model, mesh: DeviceMesh) -> DeviceMesh:
+    replicate = Replicate()
+    plan = {
+        "first": ColwiseParallel(output_layouts=replicate),
+        "last": RowwiseParallel(input_layouts=replicate),
+    }
+    parallelize_module(model, mesh["tp"], plan)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # RowwiseParallel's bias
+    if mesh["dp"].size() > 1:  # both on the rows of `first`: a strided placement
+        fully_shard(model.first, mesh=mesh["dp"])
+        fully_shard(model.last, mesh=mesh["dp"])
+    return mesh
+
+
+def use(backend: str) -> str:
+    """Make a backend's emulation available in this process."""
+    if backend == "cuda":
+        from tests import cuda_emulator
+
+        backends._BACKENDS["cuda"] = cuda_emulator.emulator()
+    return backend
+
+
+def plain(count: int, backend: str, clip: float | None = None) -> Trained:
+    """What all others are compared with: one process, ordinary parameters."""
+    model = build()
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    return steps(model, optimizer, count, clip=clip), everything(model, optimizer)
+
+
+def trained(kind: str, count: int, backend: str, same_data: bool, clip: float | None) -> Trained:
+    model = build()
+    shard(model, kind)
+    optimizer = IVON(model.named_parameters(), backend=use(backend), **OPTIONS)
+    return steps(model, optimizer, count, same_data=same_data, clip=clip), everything(model, optimizer)
+
+
+# --- moments at which FSDP2 keeps its gathered weights ----------------------------------------------------------------
+
+
+def sample_after_evaluation(backend: str) -> list[bool]:
+    """Whether the forward pass sees the sample, after FSDP2's root kept the weights that an evaluation gathered."""
+    model = build()
+    shard(model, "FSDP2")
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    x, _ = batch(0)
+    seen = []
+    for _ in range(2):
+        with torch.no_grad():
+            at_mean = model(x)
+            optimizer.train()
+            sampled = model(x)
+            optimizer.eval()
+            again = model(x)
+            with optimizer.sampled_params(sample=0):
+                evaluated = model(x)
+        seen += [not torch.equal(sampled, at_mean), torch.equal(again, at_mean), not torch.equal(evaluated, sampled)]
+        steps(model, optimizer, 1)
+    optimizer.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        before = model(x)
+        state = optimizer.state_dict()
+        for entry in state["state"].values():
+            entry["mean"] = entry["mean"] * 0
+        optimizer.load_state_dict(state)
+        seen.append(not torch.equal(model(x), before))
+    return seen
+
+
+def accumulated(kind: str, micro: int, backend: str) -> dict[str, Tensor]:
+    """Accumulation; FSDP2 communicates no gradients and keeps its gathered weights until the last micro-batch."""
+    model = build()
+    shard(model, kind)
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    for step in range(3):
+        x, y = batch(step)
+        for i, data in enumerate(zip(x.chunk(micro), y.chunk(micro), strict=True)):
+            if kind != "plain":
+                model.set_requires_gradient_sync(i == micro - 1)
+                model.set_reshard_after_backward(i == micro - 1)
+            optimizer.train()
+            (loss_of(model, data) / micro).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return everything(model, optimizer)
+
+
+def monte_carlo(kind: str, backend: str) -> dict[str, Tensor]:
+    """Two samples a step, while FSDP2 is told to keep its gathered weights after backward."""
+    model = build()
+    shard(model, kind)
+    if kind != "plain":
+        model.set_reshard_after_backward(False)
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    for step in range(3):
+        for sample in range(2):
+            with optimizer.sampled_params(train=True, sample=7 if sample else None):
+                optimizer.zero_grad()
+                loss_of(model, batch(step)).backward()
+        optimizer.step()
+    return everything(model, optimizer)
+
+
+def scaled(kind: str, backend: str, bad_rank: int | None) -> tuple[dict[str, Tensor], int, float]:
+    """A GradScaler; in the second step the gradient overflows, on one rank's part of the data if `bad_rank` says so."""
+    model = build()
+    shard(model, kind)
+    optimizer = IVON(model.named_parameters(), backend=use(backend), **OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    for step in range(4):
+        optimizer.train()
+        optimizer.zero_grad()
+        loss = scaler.scale(loss_of(model, batch(step)))
+        if step == 1 and bad_rank in (None, dist.get_rank() if dist.is_initialized() else None):
+            loss = loss * float("inf")
+        loss.backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.eval()
+    return everything(model, optimizer), optimizer.skipped_steps, scaler.get_scale()
+
+
+def one_bad_shard(backend: str, nonfinite: str) -> tuple[dict[str, Tensor], dict[str, Tensor], int, str]:
+    """Only rank 0's shard of a gradient holds NaN: state before and after, skipped steps, the error."""
+    model = build()
+    shard(model, "FSDP2")
+    optimizer = IVON(model.named_parameters(), backend=use(backend), nonfinite=nonfinite, **OPTIONS)  # type: ignore[arg-type]
+    steps(model, optimizer, 1)
+    before = everything(model, optimizer)
+    optimizer.train()
+    loss_of(model, batch(1)).backward()
+    if dist.get_rank() == 0:
+        model.first.weight.grad.to_local()[0, 0] = float("nan")
+    message = ""
+    try:
+        optimizer.step()
+        optimizer.eval()
+        if optimizer.holds_sample is False and backend == "cuda":
+            optimizer._raise_reported()
+    except RuntimeError as error:
+        message = str(error)
+    return before, everything(model, optimizer), optimizer.skipped_steps, message
+
+
+def collectives_in_a_step(backend: str) -> int:
+    """How many collectives of any kind train() and step() call."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model = build()
+    shard(model, "FSDP2")
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    steps(model, optimizer, 1)
+    counted = 0
+    with CommDebugMode() as outside:
+        optimizer.train()
+    counted += outside.get_total_counts()
+    loss_of(model, batch(1)).backward()
+    with CommDebugMode() as outside:
+        optimizer.step()
+    return counted + outside.get_total_counts()
+
+
+def swapped(trained_before: int, backend: str) -> dict[str, Tensor]:
+    """As Accelerate prepares for FSDP2: the optimizer is built first, and its parameters are exchanged for shards."""
+    from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
+
+    model = build()
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    steps(model, optimizer, trained_before)
+    addresses = {name: p.data_ptr() for name, p in model.named_parameters()}
+    params = optimizer.param_groups[0]["params"]
+    for i, p in enumerate(params):
+        params[i] = torch.empty(1)
+        params[i].data_ptr = p.data_ptr()
+    shard(model, "FSDP2")
+    fsdp2_switch_optimizer_parameters(optimizer, {addresses[name]: p for name, p in model.named_parameters()})
+    optimizer.load_state_dict(optimizer.state_dict())  # AcceleratedOptimizer does that
+    steps(model, optimizer, 4 - trained_before, start=trained_before)
+    return everything(model, optimizer)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: str, kind: str, count: int, backend: str) -> dict[str, Tensor]:
+    model = build()
+    shard(model, kind)
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    steps(model, optimizer, count)
+    states = get_state_dict(model, optimizer)
+    checkpoint.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=folder)
+    return everything(model, optimizer)
+
+
+def load_checkpoint(folder: str, kind: str, start: int, count: int, backend: str) -> TwoStates:
+    """Everything right after loading, and after `count` more steps."""
+    model = build(seed=1)
+    shard(model, kind)
+    optimizer = IVON(model.named_parameters(), backend=backend, **{**OPTIONS, "seed": 12, "lr": 0.9})
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    checkpoint.load(states, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    loaded = everything(model, optimizer)
+    steps(model, optimizer, count, start=start)
+    return loaded, everything(model, optimizer)
+
+
+def full_state_dict(kind: str, backend: str) -> dict[str, Any]:
+    """The unsharded state, gathered on rank 0."""
+    model = build()
+    shard(model, kind)
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    steps(model, optimizer, 3)
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def take_over(state: dict[str, Any], weights_of: dict[str, Tensor], kind: str, backend: str) -> dict[str, Tensor]:
+    """Load a plain optimizer's state dict as it is, and train on."""
+    model = build()
+    model.load_state_dict(weights_of)
+    shard(model, kind)
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    optimizer.load_state_dict(state)
+    steps(model, optimizer, 2, start=3)
+    return everything(model, optimizer)
+
+
+def saved_under_a_sample(backend: str, when: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The mean, and what a save writes while the weights hold a sample, perhaps gathered in the middle of a step."""
+    model = build()
+    shard(model, "FSDP2")
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    save_mean(model, optimizer)
+    steps(model, optimizer, 2)
+    mean = weights(model)
+    optimizer.train()
+    loss = loss_of(model, batch(2))
+    if when == "after backward":
+        loss.backward()
+    found = {name: whole(value) for name, value in get_model_state_dict(model).items()}
+    assert all(torch.equal(found[name], whole(value)) for name, value in model.state_dict().items())
+    assert optimizer.holds_sample and not torch.equal(weights(model)["first.weight"], mean["first.weight"])
+    return mean, found
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def refusals() -> dict[str, str]:
+    """The messages of optimizers that cannot be."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    whole_tensor, strided = torch.zeros(4, 4, 4), _StridedShard(0, split_factor=2)
+    placed = {
+        "partial": DTensor.from_local(torch.zeros(4), mesh["a"], [Partial()], run_check=False),
+        "inner": distribute_tensor(whole_tensor, mesh, [Shard(1), Shard(2)]),
+        "strided": DTensor.from_local(torch.zeros(2, 4), mesh["a"], [strided], run_check=False),
+    }
+    found = {}
+    for name, tensor in placed.items():
+        found[name] = _message(lambda tensor=tensor: IVON([nn.Parameter(tensor)], **OPTIONS))
+    sharded = nn.Parameter(distribute_tensor(torch.zeros(4), mesh["a"], [Shard(0)]))
+    found["sync"] = _message(lambda: IVON([sharded], sync=True, **OPTIONS))
+
+    model = build()
+    early = IVON(model.named_parameters(), **OPTIONS)
+    fully_shard(model, mesh=mesh["a"])
+    early.train()
+    loss_of(model, batch(0)).backward()
+    found["early"] = _message(early.step)
+
+    flat = FullyShardedDataParallel(build(), use_orig_params=True, device_id=torch.device("cpu"))
+    found["FSDP1"] = _message(lambda: IVON(flat.parameters(), **OPTIONS))
+    return found
+
+
+def _message(call: Any) -> str:
+    try:
+        call()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return str(error)
+    return "no error"
