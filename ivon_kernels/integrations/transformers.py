@@ -1,0 +1,220 @@
+"""IVON in the Trainer of Hugging Face Transformers, and in the trainers of TRL that are built on it.
+
+One line after the trainer was made, whichever it is::
+
+    trainer = SFTTrainer(model=model, args=args, train_dataset=data, peft_config=lora)
+    use_ivon(trainer, lr=0.1, ess=len(data))  # or use_ivon(trainer, num_data=len(data)): the recipe for LoRA
+    trainer.train()
+
+which is the same as ``optimizer_cls_and_kwargs=(IVONFactory, {...}), callbacks=[IVONCallback()]`` for trainers that
+take these. ``optimizers=(IVON(...), None)`` works too, with the callback for what the trainer alone gets wrong.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ivon_kernels.integrations.state_dict import find_ivon, save_mean
+from ivon_kernels.optimizer import IVON
+
+__all__ = ["IVONCallback", "IVONFactory", "ivon_of", "use_ivon"]
+
+_OPTIMIZER_FILE = "optimizer.pt"
+
+
+def use_ivon(trainer: Trainer, **options: Any) -> None:
+    """Let a trainer train with IVON: :class:`IVONFactory` makes its optimizer, :class:`IVONCallback` looks after it.
+
+    To be called before ``trainer.train()``. The factory runs when training starts, after the trainer has added adapters
+    and moved the model, and again for every trial of a hyperparameter search.
+
+    Args:
+        trainer: A Trainer, or one of TRL's.
+        **options: As for :class:`IVONFactory`; a mistake in them is noticed here.
+
+    Raises:
+        ValueError: If the trainer has an optimizer already.
+        TypeError: For an option that IVON does not have, or a missing one.
+    """
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        raise ValueError(
+            "the trainer has an optimizer already: pass it neither optimizers nor optimizer_cls_and_kwargs"
+        )
+    _check(options)
+    trainer.optimizer_cls_and_kwargs = (cast(Any, IVONFactory), options)  # annotated for optimizer classes only
+    trainer.add_callback(IVONCallback())
+
+
+def ivon_of(trainer: Trainer) -> IVON:
+    """The optimizer of a trainer that trains or has trained, to predict with samples of the posterior for example.
+
+    Raises:
+        TypeError: If it is not IVON, or not there yet.
+    """
+    return _ivon(trainer.optimizer)
+
+
+class IVONFactory:
+    """What Trainer takes as ``optimizer_cls_and_kwargs=(IVONFactory, {"lr": 0.1, "ess": len(data)})``.
+
+    Gives IVON all trainable parameters of the model in one group, by name, and makes ``state_dict()`` of the model hold
+    the mean (:func:`ivon_kernels.integrations.state_dict.save_mean`). Trainer's own two groups, with
+    ``TrainingArguments.weight_decay`` and with 0, are not used: weight decay is the prior's precision here, so it
+    applies to every weight.
+    """
+
+    def __call__(self, model: nn.Module, **options: Any) -> IVON:
+        """Make the optimizer of a model.
+
+        Args:
+            model: The model, on its device and with its adapters.
+            **options: Arguments of :class:`IVON`; with ``num_data`` those of :meth:`IVON.for_lora`.
+
+        Raises:
+            ValueError: If the model has no trainable parameter.
+            TypeError: For an option that IVON does not have, or a missing one.
+        """
+        trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+        if not trainable:
+            raise ValueError("no parameter of the model is trainable: add an adapter, or set requires_grad")
+        optimizer: IVON = _constructor(options)(trainable, **options)
+        save_mean(model, optimizer)
+        return optimizer
+
+
+def _constructor(options: dict[str, Any]) -> Callable[..., IVON]:
+    return IVON.for_lora if "num_data" in options else IVON
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Refuse what the constructor would refuse when training starts."""
+    own = inspect.signature(_constructor(options))
+    unknown = options.keys() - own.parameters.keys() - inspect.signature(IVON).parameters.keys()
+    if unknown:
+        raise TypeError(f"IVON has no option {', '.join(sorted(unknown))}")
+    own.bind([], **options)
+
+
+class IVONCallback(TrainerCallback):
+    """Looks after IVON where Trainer alone would not, however it got the optimizer.
+
+    - Every save writes the mean, whenever it happens.
+    - The weights hold the mean when training ends, also with ``sample_in_step=True``.
+    - ``load_best_model_at_end`` takes momentum and Hessian back to the best checkpoint too.
+    - A step that the GradScaler skipped does not advance the learning rate's schedule.
+    - A warning, once, for TrainingArguments that override IVON's settings, are ignored, or spoil its Hessian estimate.
+    """
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+        self._skipped_steps = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Check the settings and install the hooks.
+
+        Raises:
+            TypeError: If the Trainer's optimizer is not IVON.
+        """
+        ivon = _ivon(context["optimizer"])
+        save_mean(context["model"], ivon)
+        self._skipped_steps = ivon.skipped_steps
+        for advice in (*_advice_on_clipping(args), *_advice_on_overrides(args, ivon)):
+            self._warn(advice)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Tell Accelerate of a step that the GradScaler skipped; it saw ``step()`` being called."""
+        optimizer = context["optimizer"]
+        if not isinstance(optimizer, AcceleratedOptimizer) or optimizer.scaler is None:
+            return
+        skipped_steps = _ivon(optimizer).skipped_steps
+        if skipped_steps > self._skipped_steps:
+            optimizer._is_overflow = True
+        self._skipped_steps = skipped_steps
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Take momentum and Hessian back to the best checkpoint, whose weights Trainer has loaded."""
+        ivon = _ivon(context["optimizer"])
+        ivon.eval()
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        best = Path(state.best_model_checkpoint)
+        if best.name == f"checkpoint-{state.global_step}":
+            return
+        saved = best / _OPTIMIZER_FILE
+        if saved.is_file():
+            ivon.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+            return
+        self._warn(
+            f"{best} has no {_OPTIMIZER_FILE} (save_only_model=True, or a sharded one): the weights are the best "
+            "model's, but momentum and Hessian, and so the width of the posterior, are the last step's"
+        )
+
+    def _warn(self, advice: str) -> None:
+        if advice not in self._warned:
+            self._warned.add(advice)
+            warnings.warn(advice, stacklevel=3)
+
+
+def _ivon(optimizer: object) -> IVON:
+    ivon = find_ivon(optimizer)
+    if ivon is None:
+        found = getattr(optimizer, "optimizer", optimizer)
+        raise TypeError(
+            f"the Trainer's optimizer is {type(found).__name__}, not IVON: call use_ivon(trainer, ...) before train(), "
+            "or pass optimizer_cls_and_kwargs=(IVONFactory, {...})"
+        )
+    return ivon
+
+
+def _advice_on_clipping(args: TrainingArguments) -> list[str]:
+    if args.max_grad_norm is None or args.max_grad_norm <= 0:
+        return []
+    return [
+        f"TrainingArguments.max_grad_norm={args.max_grad_norm} scales gradients down before IVON reads its Hessian "
+        "estimate from them, which widens the posterior: pass max_grad_norm=0 and bound the step by IVON's clip_radius"
+    ]
+
+
+def _advice_on_overrides(args: TrainingArguments, ivon: IVON) -> list[str]:
+    """Where the learning rate, the weight decay or the samples of a step are not what the user may believe."""
+    advice = []
+    defaults = ivon.defaults
+    groups = [group for group in ivon.param_groups if group["params"]]
+    lr = float(groups[0].get("initial_lr", groups[0]["lr"]))
+    if args.learning_rate not in (_default(args, "learning_rate"), lr):
+        advice.append(f"TrainingArguments.learning_rate={args.learning_rate} is not used: IVON has lr={lr}")
+    decays = [float(group["weight_decay"]) for group in ivon.param_groups]
+    by_trainer = decays == [args.weight_decay, 0.0]  # the groups that Trainer makes for an optimizer class
+    if by_trainer and any(group["weight_decay"] != defaults["weight_decay"] for group in groups):
+        advice.append(
+            f"TrainingArguments.weight_decay={args.weight_decay} overrides IVON's weight_decay="
+            f"{defaults['weight_decay']}, and biases and norms get 0: pass optimizer_cls_and_kwargs=(IVONFactory, "
+            "{...}) to keep IVON's"
+        )
+    elif not by_trainer and args.weight_decay not in (_default(args, "weight_decay"), *decays):
+        advice.append(
+            f"TrainingArguments.weight_decay={args.weight_decay} is not used: IVON has weight_decay={decays[0]}"
+        )
+    if defaults["mc_samples"] > 1:
+        advice.append(f"mc_samples={defaults['mc_samples']} has no effect: Trainer takes each step with one sample")
+    return advice
+
+
+def _default(args: TrainingArguments, name: str) -> Any:
+    """The value that a field of these TrainingArguments has unless it is given; TRL's differ."""
+    return type(args).__dataclass_fields__[name].default
