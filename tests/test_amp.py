@@ -1,7 +1,12 @@
-"""Mixed precision: GradScaler unscales through the optimizer, a skipped step changes nothing, autocast just works."""
+"""Mixed precision: GradScaler unscales through the optimizer, a skipped step changes nothing, autocast just works.
+
+The Hessian is checked on a loss of known curvature under every precision, and low-precision weights follow updates far
+below their resolution.
+"""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +15,7 @@ from helpers import assert_same, bowl, flat, parameters, relative_error, snapsho
 from torch import Tensor, nn
 
 from ivon_kernels import IVON
+from tests.known_curvature import NOISE_ONLY, expected_hessian, hessian_tolerance, initial_weights, quadratic
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta2": 0.99, "seed": 5}
 
@@ -178,3 +184,61 @@ def test_autocast_cache_does_not_hide_the_sample(backend: str) -> None:
         product.float().sum().backward()
         assert relative_error(product.detach(), weight.detach()) < 0.01
     optimizer.step()
+
+
+STEPS = 60
+
+
+@modes_and_contexts
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "bfloat16 weights", "float16 weights"])
+def test_the_hessian_is_right_in_every_precision(backend: str, modes: bool, precision: str) -> None:
+    """Autocast, for float16 with a scale that overflows at first and again after it grew; and weights of 16 bits.
+
+    The rounding of a weight or gradient, at most 2^-9 of it, is independent of the noise, so it adds to the estimate's
+    variance alone, by less than 2^-17 of it.
+    """
+    name, _, weights = precision.partition(" ")
+    dtype = getattr(torch, name)
+    weight = nn.Parameter(initial_weights().to(dtype if weights else torch.float32))
+    optimizer = IVON([weight], backend=backend, **NOISE_ONLY)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=20, enabled=precision == "float16")
+    scales = []
+    for _ in range(STEPS):
+        if modes:
+            optimizer.train()
+        with optimizer.sampled_params(train=True) if not modes else torch.enable_grad():
+            with torch.autocast("cpu", dtype, enabled=not weights):
+                loss = quadratic(weight)
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        optimizer.zero_grad()
+    optimizer.eval()
+    taken = int(optimizer.state[weight]["step"])
+    if precision == "float16":
+        changes = [b / a for a, b in pairwise(scales) if a != b]
+        assert {0.5, 2.0} == set(changes) and optimizer.skipped_steps == STEPS - taken >= 2
+    else:
+        assert taken == STEPS
+    hess = float(optimizer.state[weight]["hess"].mean())
+    assert hess == pytest.approx(expected_hessian(taken), abs=hessian_tolerance())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_below_the_resolution_of_the_weights_add_up(backend: str, dtype: torch.dtype) -> None:
+    """Steps of 1/32 of the distance between bfloat16 numbers (1/4 for float16), which a rounded weight would lose."""
+    steps, move = 100, 2.0**-12
+    low, high = (nn.Parameter(torch.full((64,), 1.0, dtype=kind)) for kind in (dtype, torch.float32))
+    for weight in (low, high):
+        # Momentum and curvature are constant, so every step moves the mean by lr * g / (h + d).
+        optimizer = IVON([weight], lr=move, ess=1e12, beta2=1 - 1e-12, weight_decay=0.0, backend=backend, seed=0)
+        for _ in range(steps):
+            optimizer.train()
+            weight.grad = torch.full_like(weight, -1.0)
+            optimizer.step()
+    assert torch.equal(low, high.to(dtype))
+    # g / h differs from 1 by the estimate g^ eps sqrt(L h) times (1 - beta2): below 1e-5; then the rounding of the sum.
+    resolution = torch.finfo(dtype).eps
+    torch.testing.assert_close(low.float(), torch.full((64,), 1 + steps * move), rtol=0, atol=resolution / 2 + 1e-5)
+    assert move <= resolution / 4 and float(low.detach().min()) > 1 + 2 * resolution

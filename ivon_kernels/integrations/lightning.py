@@ -1,0 +1,128 @@
+"""Lightning: a callback that keeps a sample in the weights while, and only while, a batch is trained on.
+
+``Trainer(callbacks=[IVONCallback()])`` is the one line. Automatic optimization calls ``optimizer.step(closure)``, which
+samples by itself, but Lightning runs all but the last micro-batch of an accumulation outside of it, and with a gradient
+scaler (16-mixed) the last one too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ivon_kernels.integrations.state_dict import SaveMeanHandle, save_mean
+from ivon_kernels.optimizer import IVON
+
+# Two packages with the same code; a Trainer of either takes a callback of the other.
+if TYPE_CHECKING or find_spec("lightning") is not None:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+
+__all__ = ["IVONCallback"]
+
+
+class IVONCallback(Callback):
+    """Samples the weights at the start of every training batch and restores the mean at its end.
+
+    Every IVON optimizer of the module takes part, in automatic and in manual optimization; others are left alone. The
+    micro-batches of one step (``accumulate_grad_batches``) run under one sample. Validation, tests, predictions and
+    callbacks that come after this one see the mean, and so does everything after an exception or at the end of
+    training. Checkpoints hold the mean whenever they are written, from inside ``training_step`` too.
+
+    In manual optimization, call ``optimizer.train()`` before a second step in the same batch; a module that uses
+    ``sampled_params(train=True)`` itself needs no callback.
+
+    Raises:
+        RuntimeError: At the start of training, if the module has no IVON optimizer.
+        ValueError: If `mc_samples` is above 1 and accumulation or a gradient scaler is used: Lightning would then run
+            the further samples on one micro-batch only, or not at all.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[SaveMeanHandle] = []
+        self._unscaled: list[IVON] = []  # optimizers whose gradients the scaler unscales for the time of training
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizers = _optimizers(trainer)
+        if not optimizers:
+            raise RuntimeError(
+                "IVONCallback found no IVON optimizer: return one from configure_optimizers, or remove the callback"
+            )
+        self._handles = [save_mean(pl_module, optimizer) for optimizer in optimizers]
+        if trainer.gradient_clip_val:
+            warnings.warn(
+                f"gradient_clip_val={trainer.gradient_clip_val} shrinks IVON's Hessian estimate whenever it binds: "
+                "leave it out and use IVON(..., clip_radius=...), which bounds the update instead",
+                stacklevel=2,
+            )
+        if trainer.gradient_clip_val or _clips_itself(pl_module):
+            # Under mixed precision Lightning refuses to clip for optimizers that unscale by themselves.
+            for optimizer in optimizers:
+                optimizer._step_supports_amp_scaling = False
+                self._unscaled.append(optimizer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for optimizer in _optimizers(trainer):
+            if pl_module.automatic_optimization:
+                _check_samples(optimizer, trainer)
+            optimizer.train()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        _restore(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _restore(trainer)  # a module whose on_train_batch_start returns -1 gets no on_train_batch_end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._finish(trainer)
+
+    def _finish(self, trainer: Trainer) -> None:
+        _restore(trainer)
+        for optimizer in self._unscaled:
+            del optimizer._step_supports_amp_scaling
+        self._unscaled.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _optimizers(trainer: Trainer) -> list[IVON]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, IVON)]
+
+
+def _restore(trainer: Trainer) -> None:
+    for optimizer in _optimizers(trainer):
+        optimizer.eval()
+
+
+def _clips_itself(module: LightningModule) -> bool:
+    defined_in = type(module).configure_gradient_clipping.__module__
+    return not defined_in.startswith(("lightning.", "pytorch_lightning."))
+
+
+def _scaler(trainer: Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _check_samples(optimizer: IVON, trainer: Trainer) -> None:
+    """Refuse what would silently use fewer samples than asked for."""
+    samples = optimizer.param_groups[0]["mc_samples"]
+    if samples == 1:
+        return
+    if trainer.accumulate_grad_batches > 1:
+        raise ValueError(
+            f"mc_samples={samples} with accumulate_grad_batches={trainer.accumulate_grad_batches}: Lightning repeats "
+            "the last micro-batch only; use one of the two, or manual optimization"
+        )
+    if _scaler(trainer) is not None:
+        raise ValueError(
+            f"mc_samples={samples} with a gradient scaler: Lightning runs the batch once; use precision='bf16-mixed', "
+            "mc_samples=1 or manual optimization"
+        )
