@@ -1,9 +1,10 @@
-"""The command line of the benchmarks: ``python -m benchmarks [finetune|gpu|speed]``."""
+"""The command line of the benchmarks: ``python -m benchmarks [finetune|gpu|sharding|speed]``."""
 
 import typer
 
 from benchmarks.finetune.cli import finetune
 from benchmarks.gpu.cli import gpu
+from benchmarks.sharding.cli import sharding
 from benchmarks.speed.cli import speed
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
 )
 app.command()(finetune)
 app.command()(gpu)
+app.command()(sharding)
 app.command()(speed)
 
 if __name__ == "__main__":
