@@ -138,7 +138,11 @@ class Engine(Store):
     def _refuse_other_holders(self) -> None:
         """Refuse to sample parameters that hold another optimizer's sample."""
         for other in _HOLDERS:
-            if other is not self and not other._slots.keys().isdisjoint(self._active_params):
+            if (
+                other is not self
+                and other._held is not None
+                and not other._slots.keys().isdisjoint(self._active_params)
+            ):
                 raise RuntimeError(
                     "another IVON optimizer has a sample in the same parameters: give every parameter to one "
                     "optimizer, or call the other's eval() first"

@@ -39,6 +39,14 @@ def test_two_optimizers_with_parameters_of_their_own(backend: str) -> None:
         optimizer.step()
 
 
+def test_an_optimizer_that_was_loaded_under_its_sample_holds_nothing(backend: str) -> None:
+    params = parameters(4)
+    optimizer = IVON(params, backend=backend, **OPTIONS)
+    optimizer.train()
+    optimizer.load_state_dict(optimizer.state_dict())
+    IVON(params, backend=backend, **OPTIONS).train()
+
+
 def test_a_dropped_optimizer_holds_nothing(backend: str) -> None:
     params = parameters(4)
     optimizer = IVON(params, backend=backend, **OPTIONS)

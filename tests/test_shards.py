@@ -32,19 +32,27 @@ from ivon_kernels.backends.cpu import CpuBackend
 from ivon_kernels.backends.cuda import CudaBackend
 from ivon_kernels.backends.reference import ReferenceBackend
 from ivon_kernels.backends.triton import TritonBackend
+from ivon_kernels.backends.triton_launch import interpreted
 from ivon_kernels.noise import Shard
 
 HERE = available_backends()
 NEEDS_COMPILER = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found, which makes the emulator")
-BACKENDS: dict[str, tuple[Any, Any]] = {  # triton: interpreted, or on a GPU
+BACKENDS: dict[str, tuple[Any, Any]] = {
     "reference": (ReferenceBackend, ()),
     "cpu": (CpuBackend, pytest.mark.skipif(HERE["cpu"] is not None, reason=f"cpu: {HERE['cpu']}")),
     "cuda": (emulator, NEEDS_COMPILER),
+    "triton": (TritonBackend, pytest.mark.skipif(HERE["triton"] is not None, reason=f"triton: {HERE['triton']}")),
     "cuda on a GPU": (
         CudaBackend,
         [pytest.mark.gpu, pytest.mark.skipif(HERE["cuda"] is not None, reason=f"cuda: {HERE['cuda']}")],
     ),
-    "triton": (TritonBackend, pytest.mark.skipif(HERE["triton"] is not None, reason=f"triton: {HERE['triton']}")),
+    "triton on a GPU": (
+        TritonBackend,
+        [
+            pytest.mark.gpu,
+            pytest.mark.skipif(interpreted() or HERE["triton"] is not None, reason="no GPU, or TRITON_INTERPRET=1"),
+        ],
+    ),
 }
 EVERY = [pytest.param(make, marks=marks, id=name) for name, (make, marks) in BACKENDS.items()]
 STREAM: dict[str, Any] = {"seed": DRAW.seed, "sample": DRAW.sample, "replica": DRAW.replica}
@@ -186,7 +194,7 @@ INTERPRETED = ("float32, next drawn", "float32, several samples", "float16, next
 UPDATES = [
     pytest.param(make, case, marks=marks, id=f"{name}-{case}")
     for name, (make, marks) in BACKENDS.items()
-    for case in (INTERPRETED if name == "triton" else CASES if name != "reference" else ())
+    for case in (INTERPRETED if name.startswith("triton") else CASES if name != "reference" else ())
 ]
 
 
