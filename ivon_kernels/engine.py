@@ -181,6 +181,7 @@ class Engine(Store):
             raise RuntimeError(f"{_MAX_SAMPLES} samples were drawn without a step(): call step() or discard_samples()")
         if not self._agreed:
             self._agree()
+        self._follow_swaps()  # now that no sample is counted yet
         self._fold()
         self._samples.count += 1
         self._samples.replay = replay

@@ -193,8 +193,7 @@ def sample_after_evaluation(backend: str) -> list[bool]:
     with torch.no_grad():
         before = model(x)
         state = optimizer.state_dict()
-        for entry in state["state"].values():
-            entry["mean"] = entry["mean"] * 0
+        state["state"][2]["mean"] = state["state"][2]["mean"] * 2  # norm.weight, which only the root gathers
         optimizer.load_state_dict(state)
         seen.append(not torch.equal(model(x), before))
     return seen
@@ -293,7 +292,7 @@ def collectives_in_a_step(backend: str) -> int:
     return counted + outside.get_total_counts()
 
 
-def swapped(trained_before: int, backend: str) -> dict[str, Tensor]:
+def swapped(trained_before: int, first: str, backend: str) -> dict[str, Tensor]:
     """As Accelerate prepares for FSDP2: the optimizer is built first, and its parameters are exchanged for shards."""
     from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
 
@@ -307,9 +306,48 @@ def swapped(trained_before: int, backend: str) -> dict[str, Tensor]:
         params[i].data_ptr = p.data_ptr()
     shard(model, "FSDP2")
     fsdp2_switch_optimizer_parameters(optimizer, {addresses[name]: p for name, p in model.named_parameters()})
-    optimizer.load_state_dict(optimizer.state_dict())  # AcceleratedOptimizer does that
+    if first == "state dict":  # AcceleratedOptimizer loads its own
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif first == "evaluation":
+        mean = weights(model)
+        with optimizer.sampled_params():
+            assert not torch.equal(weights(model)["first.weight"], mean["first.weight"])
     steps(model, optimizer, 4 - trained_before, start=trained_before)
     return everything(model, optimizer)
+
+
+def converted(kind: str, backend: str) -> dict[str, Tensor]:
+    """A model that gets another dtype, and with it other memory, after the optimizer was built."""
+    model = build()
+    shard(model, kind)
+    optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+    optimizer.train()
+    optimizer.eval()
+    model.to(torch.bfloat16)  # later FSDP2 itself does not follow
+    for step in range(3):
+        optimizer.train()
+        optimizer.zero_grad()
+        x, y = batch(step)
+        loss_of(model, (x.bfloat16(), y.bfloat16())).backward()
+        optimizer.step()
+    return everything(model, optimizer)
+
+
+def partial_gradient(backend: str) -> tuple[Tensor, Tensor]:
+    """A replicated parameter whose gradient is a sum that nobody has computed yet, and a plain one with the sum."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    start = torch.arange(6.0)
+    params = [nn.Parameter(distribute_tensor(start, mesh, [Replicate()])), nn.Parameter(start.clone())]
+    for param in params:
+        optimizer = IVON([param], backend=backend, **OPTIONS)
+        optimizer.train()
+        if isinstance(param, DTensor):
+            mine = torch.full((6,), 1.0 + dist.get_rank())
+            param.grad = DTensor.from_local(mine, mesh, [Partial()], run_check=False)
+        else:
+            param.grad = torch.full((6,), 3.0)  # of two ranks
+        optimizer.step()
+    return whole(params[0]), whole(params[1])
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

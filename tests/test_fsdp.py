@@ -13,10 +13,12 @@ import torch
 from fsdp_training import (
     accumulated,
     collectives_in_a_step,
+    converted,
     full_state_dict,
     load_checkpoint,
     monte_carlo,
     one_bad_shard,
+    partial_gradient,
     plain,
     refusals,
     sample_after_evaluation,
@@ -120,10 +122,24 @@ def test_a_step_does_not_communicate(ranks: Ranks) -> None:
     assert ranks.run(2, collectives_in_a_step, "cpu") == [0, 0]
 
 
-@pytest.mark.parametrize("trained_before", [0, 2])
-def test_parameters_that_accelerate_exchanges_for_shards(ranks: Ranks, trained_before: int) -> None:
-    for left in ranks.run(2, swapped, trained_before, "cpu"):
+@pytest.mark.parametrize(
+    ("trained_before", "first"), [(0, "state dict"), (2, "state dict"), (2, "evaluation"), (2, "training")]
+)
+def test_parameters_that_accelerate_exchanges_for_shards(ranks: Ranks, trained_before: int, first: str) -> None:
+    for left in ranks.run(2, swapped, trained_before, first, "cpu"):
         assert_same(plain(4, "cpu")[1], left)
+
+
+def test_a_sharded_model_that_changes_its_dtype_is_followed(ranks: Ranks) -> None:
+    expected = converted("plain", "cpu")
+    assert expected["first.weight"].dtype == torch.bfloat16
+    for left in ranks.run(2, converted, "FSDP2", "cpu"):
+        assert_same(expected, left)
+
+
+def test_a_gradient_that_is_not_summed_yet(ranks: Ranks) -> None:
+    for distributed, single in ranks.run(2, partial_gradient, "cpu"):
+        assert torch.equal(distributed, single) and not torch.equal(single, torch.arange(6.0))
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
