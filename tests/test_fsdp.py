@@ -10,23 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from fsdp_checkpoints import (
+    full_state_dict,
+    load_checkpoint,
+    refusals,
+    save_checkpoint,
+    saved_under_a_sample,
+    take_over,
+)
 from fsdp_training import (
     accumulated,
     collectives_in_a_step,
     converted,
-    full_state_dict,
-    load_checkpoint,
     monte_carlo,
     one_bad_shard,
     partial_gradient,
     plain,
-    refusals,
     sample_after_evaluation,
-    save_checkpoint,
-    saved_under_a_sample,
     scaled,
     swapped,
-    take_over,
     trained,
 )
 from helpers import assert_same
