@@ -66,6 +66,18 @@ def agree_on_seed(seed: int, given: bool, steps: int) -> int:
     return seeds[0]
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank of the default process group, all of which have to ask."""
+    votes = torch.tensor(int(flag), device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes)
+
+
+def smallest_of_all_ranks(value: Tensor) -> None:
+    """The smallest value of all ranks of the default process group, in place and without waiting for the device."""
+    dist.all_reduce(value, dist.ReduceOp.MIN)
+
+
 class Shared(NamedTuple):
     """What the ranks know of each other after `share_samples`."""
 

@@ -8,17 +8,15 @@ from typing import Any
 
 import torch
 from torch._compile import _disable_dynamo
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
 from ivon_kernels import distributed
 from ivon_kernels.arena import Slot, SlotList
 from ivon_kernels.backends import Backend, DeviceBackend, Draw
 from ivon_kernels.gradients import Samples
-from ivon_kernels.noise import EVAL_STEP
+from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES
 from ivon_kernels.store import Store
 
-_MAX_SAMPLES = 2**16
 Launches = list[tuple[Backend, SlotList]]
 
 _WATCHED = 8  # parameters, at most
@@ -87,7 +85,7 @@ class Engine(Store):
         for backend, slots in self._active:
             backend.sample(slots, draw, adopt)
         self._held = draw
-        self._announce()
+        self._announce(self._active_params, self._fsdp)
         self._note_sample()
 
     def _restore(self) -> None:
@@ -98,19 +96,12 @@ class Engine(Store):
         for backend, slots in self._active:
             backend.restore(slots)
         self._let_go()
-        self._announce()
+        self._announce(self._active_params, self._fsdp)
 
     def _let_go(self) -> None:
         """The weights hold the mean again."""
         self._held = None
         _HOLDERS.discard(self)
-
-    def _announce(self) -> None:
-        """The weights were written: autograd sees another version, and FSDP2 gathers them anew."""
-        increment_version(self._active_params)
-        self._mean_copies.clear()
-        for module in self._fsdp:
-            module.reshard()
 
     def _versions(self) -> int:
         """A number that changes with every write into the weights that autograd knows of.
@@ -177,8 +168,8 @@ class Engine(Store):
 
         With `replay` it has the noise of that evaluation sample.
         """
-        if self._samples.count == _MAX_SAMPLES:
-            raise RuntimeError(f"{_MAX_SAMPLES} samples were drawn without a step(): call step() or discard_samples()")
+        if self._samples.count == MAX_SAMPLES:
+            raise RuntimeError(f"{MAX_SAMPLES} samples were drawn without a step(): call step() or discard_samples()")
         if not self._agreed:
             self._agree()
         self._follow_swaps()  # now that no sample is counted yet

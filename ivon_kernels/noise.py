@@ -20,12 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["EVAL_STEP", "Shard", "box_muller", "normals", "normals_at", "philox4x32"]
+__all__ = ["EVAL_STEP", "MAX_SAMPLES", "Shard", "box_muller", "normals", "normals_at", "philox4x32"]
 
 EVAL_STEP = 2**32 - 1
 """The step reserved for evaluation samples; training steps count from 0 and stay below it."""
 
-_LIMITS = {"seed": 2**64, "step": 2**32, "sample": 2**16, "replica": 2**16, "param": 2**24}
+MAX_SAMPLES = 2**16
+"""How many samples a step may have, and how many evaluation samples there are."""
+
+_LIMITS = {"seed": 2**64, "step": 2**32, "sample": MAX_SAMPLES, "replica": 2**16, "param": 2**24}
 _MAX_ELEMENTS = 2**42
 _CHUNK = 2**20  # elements drawn at a time: bounds the int64 temporaries to some tens of MB
 

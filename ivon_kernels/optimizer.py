@@ -14,13 +14,12 @@ from torch.optim.optimizer import ParamsT
 from ivon_kernels import distributed
 from ivon_kernels.backends import Draw
 from ivon_kernels.engine import EDITED
-from ivon_kernels.noise import EVAL_STEP
+from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES
 from ivon_kernels.stepper import Closure, Stepper
 from ivon_kernels.wrappers import forward_public_names
 
 __all__ = ["IVON"]
 
-_MAX_SAMPLES = 2**16
 
 # Under torch.compile the public methods are graph breaks, as those of torch's own optimizers: there is nothing to trace
 # in one call of a compiled kernel, and a count or an address that changed must not recompile anything.
@@ -109,8 +108,8 @@ class IVON(Stepper):
         sample_in_step: bool = False,
         capturable: bool = False,
     ) -> None:
-        if not isinstance(mc_samples, int) or not 1 <= mc_samples <= _MAX_SAMPLES:
-            raise ValueError(f"mc_samples must be a whole number from 1 to {_MAX_SAMPLES}, got {mc_samples!r}")
+        if not isinstance(mc_samples, int) or not 1 <= mc_samples <= MAX_SAMPLES:
+            raise ValueError(f"mc_samples must be a whole number from 1 to {MAX_SAMPLES}, got {mc_samples!r}")
         if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
             raise ValueError(f"seed must be a whole number in [0, 2^64) or None, got {seed!r}")
         if nonfinite not in ("raise", "skip", "ignore"):
@@ -263,7 +262,7 @@ class IVON(Stepper):
         _check_sample(sample)
         if sample is None:
             sample = self._eval_samples
-            self._eval_samples = (self._eval_samples + 1) % _MAX_SAMPLES
+            self._eval_samples = (self._eval_samples + 1) % MAX_SAMPLES
         outer = self._held, self._evaluating
         self._put(Draw(self.seed, sample, step=EVAL_STEP))
         self._evaluating = True
@@ -387,5 +386,5 @@ class IVON(Stepper):
 
 
 def _check_sample(sample: int | None) -> None:
-    if sample is not None and not (isinstance(sample, int) and 0 <= sample < _MAX_SAMPLES):
-        raise ValueError(f"sample must be a whole number in [0, {_MAX_SAMPLES}), got {sample!r}")
+    if sample is not None and not (isinstance(sample, int) and 0 <= sample < MAX_SAMPLES):
+        raise ValueError(f"sample must be a whole number in [0, {MAX_SAMPLES}), got {sample!r}")

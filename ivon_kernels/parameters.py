@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ivon_kernels import hyperparameters, sharding
@@ -219,13 +220,19 @@ class Parameters(Optimizer):
         self._active_slots = slots
         self._active = by_backend(slots, self._rows)
         self._active_params = [slot.parameter for slot in slots]
-        dtensors = [slot.dtensor for slot in slots if slot.dtensor is not None]
-        self._sharded = bool(dtensors)
-        self._fsdp = sharding.fsdp_modules(dtensors) if dtensors else []
+        self._sharded = any(slot.dtensor is not None for slot in slots)
+        self._fsdp = sharding.fsdp_modules(self._active_params)
         # With sync=True the ranks have to agree on whether to step, so the host decides.
         self._on_device = bool(slots) and all(backend.on_device for backend, _ in self._active) and not self.sync
         self._on_cuda = self._on_device and slots[0].param.is_cuda
         self._subsets: dict[tuple[int, ...], list[tuple[Backend, SlotList]]] = {}
+
+    def _announce(self, params: list[Tensor], fsdp: list[Any]) -> None:
+        """The weights were written: autograd sees another version, and FSDP2 gathers them anew."""
+        increment_version(params)
+        self._mean_copies.clear()
+        for module in fsdp:
+            module.reshard()
 
     def _launches(self, slots: list[Slot]) -> list[tuple[Backend, SlotList]]:
         """The launches of some of the active slots; lists that were needed before are found again."""

@@ -1,8 +1,8 @@
 """DTensor parameters (FSDP2, HSDP, tensor parallelism): their local shards, and what a shard's elements are numbered.
 
 Kernels see local shards as ordinary tensors. A normal depends on the element's index in the unsharded tensor alone, so
-that any number of ranks draws the same sample. Nothing here communicates, but for :func:`any_rank` and for state that
-is loaded in another placement.
+that any number of ranks draws the same sample. Nothing here communicates, but for gradients and loaded state in another
+placement than the parameter's.
 """
 
 from __future__ import annotations
@@ -128,29 +128,16 @@ def localize(value: Tensor, param: DTensor | None) -> Tensor:
     """
     value = value.detach()
     distributed = as_dtensor(value)
-    if param is None:
-        return value if distributed is None else distributed.full_tensor()
     if distributed is not None:
-        if distributed.device_mesh != param.device_mesh:
-            value, distributed = distributed.full_tensor(), None
-        else:
+        if param is not None and distributed.device_mesh == param.device_mesh:
             return local(distributed.redistribute(placements=param.placements))
+        value = distributed.full_tensor()
+    if param is None:
+        return value
     shape, offset = _local_shape_and_offset(param, "a parameter")
     for dim, (size, begin) in enumerate(zip(shape, offset, strict=True)):
         value = value.narrow(dim, begin if size else 0, size)
     return value
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank of the default process group, all of which have to ask."""
-    votes = torch.tensor(int(flag), device=device)
-    dist.all_reduce(votes, dist.ReduceOp.MAX)
-    return bool(votes)
-
-
-def smallest_of_all_ranks(value: Tensor) -> None:
-    """The smallest value of all ranks of the default process group, in place and without waiting for the device."""
-    dist.all_reduce(value, dist.ReduceOp.MIN)
 
 
 def fsdp_modules(params: Iterable[Tensor]) -> list[Any]:
@@ -159,23 +146,21 @@ def fsdp_modules(params: Iterable[Tensor]) -> list[Any]:
     A module that kept its gathered weights (``reshard_after_forward=False``, as FSDP2's root does, after a forward pass
     without backward) would not see weights that are written to the shards later: ``reshard()`` makes it gather again.
     """
+    wanted = {id(param) for param in params if as_dtensor(param) is not None}
+    if not wanted:
+        return []
     try:
         states = importlib.import_module("torch.distributed._composable_state")._module_state_mapping
         from torch.distributed.fsdp import FSDPModule
     except (ImportError, AttributeError):
         return []
-    wanted = {id(param) for param in params}
-    return [
-        module
-        for module in list(states)
-        if isinstance(module, FSDPModule) and any(id(param) in wanted for group in _groups(module) for param in group)
-    ]
+    modules = [module for module in list(states) if isinstance(module, FSDPModule)]
+    return [module for module in modules if any(id(param) in wanted for param in _sharded_params(module))]
 
 
-def _groups(module: Any) -> list[list[Tensor]]:
-    """The sharded parameters of each of a module's parameter groups."""
+def _sharded_params(module: Any) -> list[Tensor]:
     state = module._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.11; one group before
     if groups is None:
         groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-    return [[fsdp_param.sharded_param for fsdp_param in group.fsdp_params] for group in groups]
+    return [fsdp_param.sharded_param for group in groups for fsdp_param in group.fsdp_params]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivon_kernels import distributed, sharding
+from ivon_kernels import distributed
 from ivon_kernels.backends import DeviceBackend, Guard
 from ivon_kernels.backends.device import BAD
 from ivon_kernels.engine import Engine, Launches
@@ -110,8 +110,7 @@ class Stepper(Engine):
     def _require_gradients(self, launches: Launches) -> None:
         """Refuse the steps of an optimizer whose parameters have never had a gradient; later steps may skip all."""
         if not self._had_gradients and self._active_slots:
-            self._restore()
-            self._forget_samples()
+            self.discard_samples()
             raise RuntimeError(
                 f"none of the optimizer's {len(self._active_slots)} parameters has had a gradient: call backward() "
                 "before step(); if it was called, the model trains other parameters than the optimizer, which has "
@@ -141,8 +140,7 @@ class Stepper(Engine):
         bad = samples.nonfinite is not None or (found_inf is not None and bool(found_inf))
         shared = distributed.share_samples(self._active_slots, samples.count, bad)
         if shared.averaged:
-            self._restore()
-            self._forget_samples()
+            self.discard_samples()
             raise RuntimeError(distributed.AVERAGED)
         samples.of_all_ranks = shared.samples
         if shared.bad:
@@ -155,7 +153,7 @@ class Stepper(Engine):
             return None
         bad = self._first_nonfinite(launches)
         bad = self._samples.nonfinite or bad
-        if self._shards_decide and sharding.any_rank(bad is not None, self._active_slots[0].mean.device):
+        if self._shards_decide and distributed.any_rank(bad is not None, self._active_slots[0].mean.device):
             bad = bad or "a shard on another rank"
         return bad
 
@@ -184,7 +182,7 @@ class Stepper(Engine):
         report = self.nonfinite == "raise" and found_inf is None
         if self._shards_decide and found_inf is None:
             for control in self._controls.values():
-                sharding.smallest_of_all_ranks(control.block[BAD])
+                distributed.smallest_of_all_ranks(control.block[BAD])
         devices = [part.slots[0].mean.device for _, part in launches]
         if len(set(devices)) > 1:
             self._share_findings(devices)
@@ -207,7 +205,7 @@ class Stepper(Engine):
             stepped = {slot for _, part in launches for slot in part.slots}
             for backend, part in self._launches([slot for slot in self._active_slots if slot not in stepped]):
                 backend.restore(part)
-        self._announce()
+        self._announce(self._active_params, self._fsdp)
         self._forget_samples(findings=False)  # the final launch did that
         if draw_next:
             self._samples.count, self._samples.unused = 1, True

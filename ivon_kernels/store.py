@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer
 
 from ivon_kernels import checkpoint, diagnostics, sharding
@@ -140,10 +139,7 @@ class Store(Parameters):
         self._rows.update(self.param_groups)
         for backend, slots in by_backend([self._slots[param] for param in saved], self._rows):
             backend.restore(slots)
-        increment_version(list(saved))
-        self._mean_copies.clear()
-        for module in sharding.fsdp_modules(saved):
-            module.reshard()
+        self._announce(list(saved), sharding.fsdp_modules(saved))
 
     @staticmethod
     def _plain_attributes() -> tuple[str, ...]:

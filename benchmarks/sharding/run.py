@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from rich.table import Table
 from benchmarks import UserError
 from benchmarks.environment import environment
 from benchmarks.sharding.ranks import IVON, OPTIMIZERS, World
+from benchmarks.speed.report import BASELINE_COLOR, OUR_COLOR, write_json
 from benchmarks.speed.workloads import Workload, lora
 from ivon_kernels import available_backends
 
@@ -59,7 +59,7 @@ def run(*, worlds: Sequence[int], rounds: int, out: Path) -> list[dict[str, Any]
     _print(console, rows)
     out.mkdir(parents=True, exist_ok=True)
     record = {"rounds": rounds, "rows": rows, "environment": environment(("torch", "ivon-kernels"))}
-    (out / "sharding.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "sharding.json", record)
     _plot(out / "sharding.png", rows)
     console.print(f"Record and plot: {out / 'sharding.json'}, {out / 'sharding.png'}")
     return rows
@@ -108,7 +108,7 @@ def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
         for optimizer in OPTIMIZERS:
             shown = [row for row in rows if (row["workload"], row["optimizer"]) == (title, optimizer)]
             ranks, times = [row["ranks"] for row in shown], [row["ms"] for row in shown]
-            color = "#dd8452" if optimizer == IVON else "#4c72b0"
+            color = OUR_COLOR if optimizer == IVON else BASELINE_COLOR
             axis.plot(ranks, times, "o-", color=color, label=optimizer)
             axis.plot(ranks, [times[0] * ranks[0] / n for n in ranks], ":", color=color, label="1 / ranks")
         axis.set(title=title, xlabel="ranks", ylabel="ms per step and rank", xscale="log", yscale="log")

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ivon_kernels.integrations.transformers import ivon_of
+from ivon_kernels.noise import MAX_SAMPLES
 from ivon_kernels.optimizer import IVON
 
 __all__ = ["attach_rollouts"]
 
-_MAX_SAMPLES = 2**16
 _GENERATE = "_generate_and_score_completions"
 
 
@@ -43,9 +43,9 @@ def attach_rollouts(trainer: Trainer, rollouts: Literal["mean", "sample"] | int)
         raise TypeError(
             f"{type(trainer).__name__} generates no rollouts; attach_rollouts is for GRPOTrainer and its like"
         )
-    valid = isinstance(rollouts, int) and not isinstance(rollouts, bool) and 0 <= rollouts < _MAX_SAMPLES
+    valid = isinstance(rollouts, int) and not isinstance(rollouts, bool) and 0 <= rollouts < MAX_SAMPLES
     if rollouts not in ("mean", "sample") and not valid:
-        raise ValueError(f"rollouts must be 'mean', 'sample' or a sample in [0, {_MAX_SAMPLES}), got {rollouts!r}")
+        raise ValueError(f"rollouts must be 'mean', 'sample' or a sample in [0, {MAX_SAMPLES}), got {rollouts!r}")
     if rollouts == "sample":
         _check_whole_steps(trainer)
     callback = _Rollouts(trainer, rollouts)
@@ -99,7 +99,7 @@ class _Rollouts(TrainerCallback):
             finally:
                 ivon.train()
         if self._rollouts == "sample":
-            self._replay(ivon, self._trainer.state.global_step % _MAX_SAMPLES)
+            self._replay(ivon, self._trainer.state.global_step % MAX_SAMPLES)
         return self._original(inputs)
 
     def _replay(self, ivon: IVON, sample: int) -> None:
