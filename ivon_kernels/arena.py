@@ -33,7 +33,7 @@ class Arena:
     """Flat state of several parameters of one device and state dtype.
 
     Attributes:
-        mean, momentum, hess: ``[total]``, float32 or float64.
+        mean, momentum, hess: ``[total]``, float32 or float64. Where nothing is trained, momentum is hess: never used.
         steps: int64 ``[parameters]`` on the same device: finished updates of each parameter. The backends count them.
         control: What kernels share on this device, for backends that decide there whether a step is taken.
         noise: float32 ``[total]`` or None: the normals of the last training sample, for backends that keep them.
@@ -43,15 +43,23 @@ class Arena:
             up their sums (:mod:`ivon_kernels.distributed`).
     """
 
-    def __init__(self, sizes: Sequence[int], device: torch.device, dtype: torch.dtype, keep_noise: bool) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        keep_noise: bool = False,
+        trained: bool = True,
+    ) -> None:
         self.offsets: list[int] = []
         total = 0
         for size in sizes:
             self.offsets.append(total)
             total += -(-size // _ALIGNMENT) * _ALIGNMENT
         self.mean = torch.zeros(total, device=device, dtype=dtype)
-        self.momentum = torch.zeros_like(self.mean)
         self.hess = torch.zeros_like(self.mean)
+        self.momentum = torch.zeros_like(self.mean) if trained else self.hess
         self.steps = torch.zeros(len(sizes), device=device, dtype=torch.int64)
         self.control: Control | None = None
         self.noise = torch.empty(total, device=device) if keep_noise else None
@@ -100,6 +108,17 @@ class Slot:
     def __post_init__(self) -> None:
         self.mean, self.momentum, self.hess = (self.view(getattr(self.arena, key)) for key in STATE_KEYS)
         self.remember_storage()
+
+    @classmethod
+    def of(
+        cls, param: Tensor, name: str, index: int, group: int, backend: Backend, arena: Arena, position: int
+    ) -> Slot:
+        """The slot of a parameter, which may be a DTensor."""
+        dtensor = sharding.as_dtensor(param)
+        if dtensor is None:
+            return cls(param, name, index, group, backend, arena, position)
+        shard = sharding.shard_of(dtensor, name)
+        return cls(sharding.local(dtensor), name, index, group, backend, arena, position, dtensor, shard)
 
     def view(self, flat: Tensor) -> Tensor:
         """This parameter's part of an arena tensor, in its shape."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
-import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from ivon_kernels import distributed
+from ivon_kernels import distributed, holders
 from ivon_kernels.arena import Slot, SlotList
 from ivon_kernels.backends import Backend, DeviceBackend, Draw
 from ivon_kernels.gradients import Samples
@@ -21,7 +22,6 @@ Launches = list[tuple[Backend, SlotList]]
 
 _WATCHED = 8  # parameters, at most
 _VERSION_OF = operator.attrgetter("_version")
-_HOLDERS: weakref.WeakSet[Engine] = weakref.WeakSet()  # optimizers with a sample in their weights
 EDITED = (
     "the weights were written while they held a sample, by another optimizer or by load_state_dict, and that was lost: "
     "give every parameter to one optimizer, and load weights before optimizer.train() or after optimizer.eval()"
@@ -46,7 +46,7 @@ class Engine(Store):
 
     def _note_sample(self) -> None:
         """The weights have just got a sample."""
-        _HOLDERS.add(self)
+        holders.hold(self)
         self._version = self._versions()
 
     _agreed = False  # the ranks have compared their seeds since this optimizer was built or unpickled
@@ -79,7 +79,7 @@ class Engine(Store):
         adopt = self._held is None
         if adopt:
             self._refresh()
-            self._refuse_other_holders()
+            holders.refuse_others(self, self._active_params)
         self._check_capture()
         self._rows.update(self.param_groups)
         for backend, slots in self._active:
@@ -101,7 +101,7 @@ class Engine(Store):
     def _let_go(self) -> None:
         """The weights hold the mean again."""
         self._held = None
-        _HOLDERS.discard(self)
+        holders.let_go(self)
 
     def _versions(self) -> int:
         """A number that changes with every write into the weights that autograd knows of.
@@ -126,18 +126,11 @@ class Engine(Store):
         if edited:
             raise RuntimeError(EDITED)
 
-    def _refuse_other_holders(self) -> None:
-        """Refuse to sample parameters that hold another optimizer's sample."""
-        for other in _HOLDERS:
-            if (
-                other is not self
-                and other._held is not None
-                and not other._slots.keys().isdisjoint(self._active_params)
-            ):
-                raise RuntimeError(
-                    "another IVON optimizer has a sample in the same parameters: give every parameter to one "
-                    "optimizer, or call the other's eval() first"
-                )
+    held_by = "another IVON optimizer: give every parameter to one optimizer, or call the other's eval() first"
+
+    def holds_any(self, params: Iterable[Tensor]) -> bool:
+        """Whether one of these parameters holds a sample of this optimizer."""
+        return self._held is not None and not self._slots.keys().isdisjoint(params)
 
     def _check_capture(self) -> None:
         """Refuse to be captured by a CUDA graph whose replays would not train."""

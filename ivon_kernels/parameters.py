@@ -158,13 +158,13 @@ class Parameters(Optimizer):
                 backends = [choose(self._backend_name, param.device, param.dtype) for param, _, _ in bucket]
                 keep_noise = any(backend.keeps_noise for backend in backends)
                 sizes = [sharding.memory(param).numel() for param, _, _ in bucket]
-                arena = Arena(sizes, device, dtype, keep_noise)
+                arena = Arena(sizes, device, dtype, keep_noise=keep_noise)
                 if any(backend.on_device for backend in backends):
                     if device not in self._controls:
                         self._controls[device] = Control(device)
                     arena.control = self._controls[device]
                 for position, ((param, number, index), backend) in enumerate(zip(bucket, backends, strict=True)):
-                    slot = self._slot(param, names[param], index, number, backend, arena, position)
+                    slot = Slot.of(param, names[param], index, number, backend, arena, position)
                     slot.set_state(saved.get(param), float(self.param_groups[number]["hess_init"]))
                     self._slots[param] = slot
                     self.state[param] = slot.state()
@@ -172,14 +172,6 @@ class Parameters(Optimizer):
         self._stateless = [place for place in self._places() if place[0] not in self._slots]
         self._lists = [group["params"] for group in self.param_groups]
         self._stale = True
-
-    @staticmethod
-    def _slot(param: Tensor, name: str, index: int, group: int, backend: Backend, arena: Arena, position: int) -> Slot:
-        dtensor = sharding.as_dtensor(param)
-        if dtensor is None:
-            return Slot(param, name, index, group, backend, arena, position)
-        shard = sharding.shard_of(dtensor, name)
-        return Slot(sharding.local(dtensor), name, index, group, backend, arena, position, dtensor, shard)
 
     def _follow_swaps(self) -> None:
         """Take over parameters that replaced others in the groups, as Accelerate does when it shards a model (FSDP2).

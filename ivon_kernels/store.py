@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ivon_kernels import checkpoint, diagnostics, sharding
@@ -14,6 +14,10 @@ from ivon_kernels.arena import Slot, by_backend
 from ivon_kernels.gradients import Samples
 from ivon_kernels.hyperparameters import Rows
 from ivon_kernels.parameters import Parameters
+
+if TYPE_CHECKING:
+    from ivon_kernels.optimizer import IVON
+    from ivon_kernels.posterior import Posterior
 
 
 class Store(Parameters):
@@ -46,6 +50,24 @@ class Store(Parameters):
         if slot not in self._mean_copies:
             self._mean_copies[slot] = slot.outside(torch.empty_like(slot.param, requires_grad=False).copy_(slot.mean))
         return self._mean_copies[slot]
+
+    def posterior(self, model: nn.Module, adapter: str | None = None) -> Posterior:
+        """The trained posterior by the names that the weights are saved by: to save, sample, predict, prune, temper.
+
+        A copy: further training does not change it. It is about every parameter that was trained, also while a sample
+        is in the weights. Of sharded parameters it holds all elements, so all ranks have to call this.
+
+        Args:
+            model: The model that is trained, perhaps wrapped by DistributedDataParallel or torch.compile.
+            adapter: Which of its PEFT adapters; None for the active one.
+
+        Raises:
+            ValueError: If a trained parameter is not in the model.
+        """
+        from ivon_kernels.posterior import Posterior
+
+        self._adopt_edits()
+        return Posterior.of_optimizer(cast("IVON", self), model, adapter)
 
     def diagnostics(self) -> list[dict[str, Any]]:
         """Whether training changes anything, one dict per parameter group.

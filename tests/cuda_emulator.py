@@ -143,7 +143,7 @@ class Side:
         slots: list[Slot] = []
         for number in range(arenas):
             mine = range(number, len(weights), arenas)
-            arena = Arena([weights[i].numel() for i in mine], self.device, torch.float32, False)
+            arena = Arena([weights[i].numel() for i in mine], self.device, torch.float32)
             arena.control = self.control
             arena.clear_sums()
             for flat in (arena.mean, arena.momentum, arena.hess, *(arena.grad_sum, arena.second_sum)):

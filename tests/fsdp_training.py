@@ -338,3 +338,21 @@ def partial_gradient(backend: str) -> tuple[Tensor, Tensor]:
             param.grad = torch.full((6,), 3.0)  # of two ranks
         optimizer.step()
     return whole(params[0]), whole(params[1])
+
+
+# --- the posterior ----------------------------------------------------------------------------------------------------
+
+
+def posterior_of_shards(kind: str) -> tuple[dict[str, Tensor], ...]:
+    """Mean, Hessian and a sample of the trained posterior, the weights that hold it, and the model's outputs."""
+    model = build()
+    shard(model, kind)
+    optimizer = IVON(model.named_parameters(), **OPTIONS)
+    steps(model, optimizer, 2, same_data=True)
+    posterior = optimizer.posterior(model)
+    with posterior.sampled(model, 5):
+        held = {name: whole(param) for name, param in posterior.parameters_of(model).items()}
+        with torch.no_grad():
+            outputs = {"outputs": model(batch(0)[0])}
+    outputs["at the mean"] = model(batch(0)[0]).detach()
+    return posterior.mean, {name: one.hess for name, one in posterior.items()}, posterior.draw(5), held, outputs

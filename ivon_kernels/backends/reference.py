@@ -7,6 +7,8 @@ the same order (csrc/ivon_math.h), so that float32 results are equal bit for bit
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,22 @@ from ivon_kernels.arena import Slot, SlotList
 from ivon_kernels.backends.base import Backend, Draw, StepScalars
 
 
-def inv_sigma(hess: Tensor, k: StepScalars) -> Tensor:
+class Precision(Protocol):
+    """What a standard deviation depends on besides the Hessian."""
+
+    @property
+    def ess(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def inv_sigma(hess: Tensor, k: Precision) -> Tensor:
     """1 / sigma = sqrt(ess (h + d)), elementwise."""
     return noise.sqrt((hess + k.weight_decay) * k.ess)
 
 
-def draw_weights(mean: Tensor, hess: Tensor, eps: Tensor, k: StepScalars) -> Tensor:
+def draw_weights(mean: Tensor, hess: Tensor, eps: Tensor, k: Precision) -> Tensor:
     """Theta = m + sigma eps, elementwise."""
     return mean + eps / inv_sigma(hess, k)
 

@@ -1,0 +1,114 @@
+"""What a model's parameters are called: by PEFT's own key names for adapters, by their names in the model otherwise."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["adapter_name", "adapter_weights", "unwrap", "weight_names"]
+
+_HUB_PREFIX = "base_model.model."  # of PEFT's keys; transformers' own adapters get it when they are saved
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _peft_config(model: nn.Module) -> dict[str, Any]:
+    """The adapters of a model, from PEFT or from transformers' own integration of it; empty if it has none."""
+    config = getattr(model, "peft_config", None) if "peft" in sys.modules else None
+    return config if isinstance(config, dict) else {}
+
+
+def adapter_name(model: nn.Module, adapter: str | None) -> str | None:
+    """The adapter that a posterior is about; None for a model without adapters.
+
+    Args:
+        model: The model.
+        adapter: A name, or None for the active one.
+
+    Raises:
+        ValueError: If there is no such adapter, or several are active and none was named.
+    """
+    config = _peft_config(unwrap(model))
+    if not config:
+        if adapter is not None:
+            raise ValueError(f"adapter={adapter!r} was asked for, but {type(model).__name__} has no PEFT adapters")
+        return None
+    if adapter is None:
+        if len(config) == 1:
+            return str(next(iter(config)))
+        active = getattr(unwrap(model), "active_adapters", None)
+        active = active() if callable(active) else active
+        if not isinstance(active, list) or len(active) != 1:
+            raise ValueError(
+                f"several adapters are active, {active}: say which one, adapter=...; there are {list(config)}"
+            )
+        return str(active[0])
+    if adapter not in config:
+        raise ValueError(f"the model has no adapter {adapter!r}; it has {list(config)}")
+    return adapter
+
+
+def adapter_weights(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter, by PEFT's key names; none for a model without adapters.
+
+    Args:
+        model: The model.
+        adapter: Which adapter; None for the active one.
+
+    Raises:
+        ValueError: As :func:`adapter_name`.
+    """
+    model = unwrap(model)
+    chosen = adapter_name(model, adapter)
+    return {} if chosen is None else _adapter_keys(model, chosen, dict(model.named_parameters()))
+
+
+def weight_names(model: nn.Module, adapter: str | None = None) -> dict[str, nn.Parameter]:
+    """Every parameter of a model by the name that files have for it.
+
+    The adapter's parameters have the keys of ``peft.get_peft_model_state_dict``, which adapter_model.safetensors has
+    too, modules_to_save included. All others have their name in the model; those of other adapters are left out.
+
+    Args:
+        model: The model, perhaps wrapped by DistributedDataParallel or torch.compile.
+        adapter: Which adapter; None for the active one.
+
+    Raises:
+        ValueError: As :func:`adapter_name`.
+    """
+    model = unwrap(model)
+    chosen = adapter_name(model, adapter)
+    params = dict(model.named_parameters())
+    if chosen is None:
+        return params
+    found = _adapter_keys(model, chosen, params)
+    of_adapter = {id(param) for param in found.values()}
+    others = set(_peft_config(model)) - {chosen}
+    for name, param in params.items():
+        if id(param) not in of_adapter and others.isdisjoint(name.split(".")):
+            found.setdefault(name, param)
+    return found
+
+
+def _adapter_keys(model: nn.Module, adapter: str, params: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    from peft import PeftModel, get_peft_model_state_dict
+
+    # Given the parameters themselves, PEFT returns them under the names that it saves them by. Embedding layers are
+    # left out, because finding out whether they were resized may ask the model hub; PEFT saves them by their own names.
+    state: dict[str, Tensor] = get_peft_model_state_dict(
+        model, state_dict=dict(params), adapter_name=adapter, save_embedding_layers=False
+    )
+    prefix = "" if isinstance(model, PeftModel) else _HUB_PREFIX
+    by_id = {id(param): param for param in params.values()}
+    return {prefix + key: by_id[id(value)] for key, value in state.items() if id(value) in by_id}
