@@ -72,8 +72,12 @@ IVON_FN F inv_sigma(F hess, const StepScalars& k) {
 
 // theta = mean + sigma eps.
 template <class F>
+IVON_FN F draw(F mean, F inv_sigma, F eps) {
+  return mean + eps / inv_sigma;
+}
+template <class F>
 IVON_FN F draw(F mean, F hess, F eps, const StepScalars& k) {
-  return mean + eps / inv_sigma(hess, k);
+  return draw(mean, inv_sigma(hess, k), eps);
 }
 
 // One element of the update. `grad` and `second` are sums over the MC samples, before scaling.

@@ -8,6 +8,7 @@
 
 #include "../rows.h"
 #include "kernels.h"
+#include "lora.h"
 
 namespace ivon {
 namespace {
@@ -19,7 +20,9 @@ bool cpu_has(const char* level) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   }
-  if (std::strcmp(level, "avx2") == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (std::strcmp(level, "avx2") == 0) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
 #endif
   return std::strcmp(level, "baseline") == 0 || std::strcmp(level, "neon") == 0;
 }
@@ -123,6 +126,62 @@ void for_each_chunk(const IvonCall* call, Use use) {
   for_each_chunk(call->tensors, call->count, call->threads, use);
 }
 
+// How the tokens of a LoRA call are spread: each sample's are cut into `parts`, and each thread takes as many
+// neighbouring parts as any other.
+struct LoraShares {
+  int64_t threads;
+  int64_t parts;
+  int64_t part;  // tokens in one
+};
+
+// A thread draws the weights once for all its tokens of a sample. Cutting a sample balances the threads, but its
+// weights are then drawn by each of them: the number of parts is the one that lets the last thread finish first.
+LoraShares share_tokens(const IvonLora& call) {
+  constexpr int64_t kDraw = 48;            // tokens whose products take as long as drawing the weights
+  constexpr int64_t kLeastWork = 1 << 18;  // of a thread, in weights times tokens: some ten microseconds
+  const auto divide_up = [](int64_t x, int64_t by) { return (x + by - 1) / by; };
+  const int64_t weights = call.rank * (call.in_features + call.out_features);
+  const int64_t useful = 1 + weights * call.sample_count * (kDraw + call.tokens) / kLeastWork;
+  const int64_t threads = call.threads < useful ? (call.threads < 1 ? 1 : call.threads) : useful;
+  LoraShares best{};
+  int64_t least = INT64_MAX;
+  for (int64_t parts = 1; parts <= threads; ++parts) {
+    const int64_t part = divide_up(divide_up(call.tokens, parts), kLoraTokens) * kLoraTokens;
+    const int64_t of_thread = divide_up(call.sample_count * parts, threads);
+    const int64_t samples = parts == 1 ? of_thread : divide_up(of_thread - 1, parts) + 1;
+    const int64_t cost = samples * kDraw + of_thread * part;
+    if (cost < least) least = cost, best = {threads, parts, part};
+  }
+  return best;
+}
+
+// This thread's scratch, kept for the next call.
+LoraScratch lora_scratch(int64_t rank) {
+  static thread_local std::vector<float> memory;
+  constexpr int64_t kAlign = 64 / sizeof(float);
+  const int64_t hidden = lora_block(rank) * rank, tile = lora_tile(rank), rows = kLoraTokens * kLoraColumns;
+  const size_t size = static_cast<size_t>(hidden + 2 * tile + rows + kAlign);
+  if (memory.size() < size) memory.resize(size);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  float* aligned = reinterpret_cast<float*>((address + 63) / 64 * 64);
+  return {aligned, aligned + hidden, aligned + hidden + tile, aligned + hidden + 2 * tile};
+}
+
+// This thread's share of the samples' parts, those of one sample together.
+void run_lora_share(const IvonLora& call, const LoraShares& shares, int64_t rank, int64_t ranks) {
+  const LoraScratch scratch = lora_scratch(call.rank);
+  const int64_t total = call.sample_count * shares.parts, end = total * (rank + 1) / ranks;
+  for (int64_t part = total * rank / ranks; part < end;) {
+    const int64_t position = part / shares.parts, next = (position + 1) * shares.parts;
+    const int64_t last = next < end ? next : end;
+    const int64_t begin = (part - position * shares.parts) * shares.part;
+    const int64_t stop = (last - position * shares.parts) * shares.part;
+    const int64_t n = (stop < call.tokens ? stop : call.tokens) - begin;
+    if (n > 0) current()->lora(call, position, begin, n, scratch);
+    part = last;
+  }
+}
+
 }  // namespace
 }  // namespace ivon
 
@@ -203,6 +262,18 @@ void ivon_cpu_step(IvonCall* call) {
       call, [call](int64_t row, int64_t begin, int64_t n) { current()->step(call->tensors[row], *call, begin, n); });
   if (call->draw_next) ivon::tag_noise(call, 1, 0);
   for (int64_t row = 0; row < call->count; ++row) ++*call->tensors[row].step_count;
+}
+
+void ivon_cpu_lora(const IvonLora* call) {
+  if (call->rank == 0 || call->in_features == 0 || call->out_features == 0) return;
+  if (call->tokens == 0 || call->sample_count == 0) return;
+  const ivon::LoraShares shares = ivon::share_tokens(*call);
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(static_cast<int>(shares.threads)) if (shares.threads > 1)
+  ivon::run_lora_share(*call, shares, omp_get_thread_num(), omp_get_num_threads());
+#else
+  ivon::run_lora_share(*call, shares, 0, 1);
+#endif
 }
 
 }  // extern "C"

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#define IVON_CPU_ABI 3
+#define IVON_CPU_ABI 4
 #define IVON_CPU_MAX_DIMS 25
 
 #if defined(__GNUC__)
@@ -76,6 +76,35 @@ struct IvonCall {
   const void* scalars;  // filled in: StepScalars of every distinct (row, step)
 };
 
+// The posterior of one LoRA matrix; both arrays are contiguous in row-major order.
+struct IvonFactor {
+  const float* mean;
+  const float* inv_sigma;  // 1 / sigma; inf: no noise
+  int64_t index;           // parameter index of the noise
+  int64_t dtype;           // each sampled weight is rounded to it
+};
+
+// Several samples of one LoRA layer. x is [samples * tokens, in_features] and out [samples * tokens, out_features],
+// both row-major contiguous with all tokens of a sample together; a is [rank, in_features], b is [out_features, rank].
+struct IvonLora {
+  void* out;
+  const void* x;
+  int64_t out_dtype;
+  int64_t x_dtype;
+  IvonFactor a;
+  IvonFactor b;
+  int64_t in_features;
+  int64_t out_features;
+  int64_t rank;
+  int64_t tokens;          // of each sample
+  const int64_t* samples;  // their numbers
+  int64_t sample_count;
+  uint64_t seed;
+  int64_t step;
+  double scaling;
+  int64_t threads;
+};
+
 IVON_EXPORT int ivon_cpu_abi(void);
 // The level in use: "avx512", "avx2", "baseline" or "neon".
 IVON_EXPORT const char* ivon_cpu_simd(void);
@@ -96,5 +125,8 @@ IVON_EXPORT void ivon_cpu_accumulate(IvonCall* call);
 IVON_EXPORT int64_t ivon_cpu_find_nonfinite(IvonCall* call);
 // The update; weights <- new mean, or the next sample with draw_next.
 IVON_EXPORT void ivon_cpu_step(IvonCall* call);
+
+// out[s] += scaling (x[s] A_s^T) B_s^T, with the weights of each sample drawn on the way.
+IVON_EXPORT void ivon_cpu_lora(const IvonLora* call);
 
 }  // extern "C"

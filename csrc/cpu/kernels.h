@@ -1,4 +1,5 @@
-// What each SIMD level provides: the operations on one chunk of one tensor.
+// What each SIMD level provides: the operations on one chunk of one tensor, and LoRA's products for one share of
+// tokens.
 #pragma once
 
 #include "ivon_cpu.h"
@@ -24,6 +25,8 @@ inline bool holds_noise(const IvonTensor& t, const IvonCall& call) {
   return __builtin_memcmp(t.noise_tag, &wanted, sizeof wanted) == 0;
 }
 
+struct LoraScratch;  // lora.h
+
 struct Kernels {
   const char* name;
   void (*normals)(float* out, int64_t numel, const IvonCall& call, int64_t step, int64_t param, int64_t start);
@@ -32,6 +35,7 @@ struct Kernels {
   void (*accumulate)(const IvonTensor& tensor, const IvonCall& call, int64_t begin, int64_t n);
   bool (*nonfinite)(const IvonTensor& tensor, int64_t begin, int64_t n);
   void (*step)(const IvonTensor& tensor, const IvonCall& call, int64_t begin, int64_t n);
+  void (*lora)(const IvonLora& call, int64_t position, int64_t begin, int64_t n, const LoraScratch& scratch);
 };
 
 namespace avx512 {

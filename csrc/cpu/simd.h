@@ -46,6 +46,15 @@ IVON_FN VFloat zip_low32(VFloat a, VFloat b) { return (VFloat)IVON_MM(unpacklo_p
 IVON_FN VFloat zip_high32(VFloat a, VFloat b) { return (VFloat)IVON_MM(unpackhi_ps)((MPs)a, (MPs)b); }
 IVON_FN VFloat zip_low64(VFloat a, VFloat b) { return (VFloat)IVON_MM(unpacklo_pd)((MPd)a, (MPd)b); }
 IVON_FN VFloat zip_high64(VFloat a, VFloat b) { return (VFloat)IVON_MM(unpackhi_pd)((MPd)a, (MPd)b); }
+// a b + c: one rounding where the level has the instruction, two at the baseline. For sums of products only: whatever
+// must have the same bits everywhere uses plain operators.
+IVON_FN VFloat multiply_add(VFloat a, VFloat b, VFloat c) {
+#if IVON_VEC_BYTES == 64 || defined(__FMA__)
+  return (VFloat)IVON_MM(fmadd_ps)((MPs)a, (MPs)b, (MPs)c);
+#else
+  return a * b + c;
+#endif
+}
 #undef IVON_MM
 #else
 IVON_FN VWord mul_wide_vec(VWord a, VWord b) {
@@ -56,6 +65,9 @@ IVON_FN VFloat zip_low32(VFloat a, VFloat b) { return (VFloat)vzip1q_f32((float3
 IVON_FN VFloat zip_high32(VFloat a, VFloat b) { return (VFloat)vzip2q_f32((float32x4_t)a, (float32x4_t)b); }
 IVON_FN VFloat zip_low64(VFloat a, VFloat b) { return (VFloat)vzip1q_f64((float64x2_t)a, (float64x2_t)b); }
 IVON_FN VFloat zip_high64(VFloat a, VFloat b) { return (VFloat)vzip2q_f64((float64x2_t)a, (float64x2_t)b); }
+IVON_FN VFloat multiply_add(VFloat a, VFloat b, VFloat c) {
+  return (VFloat)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
 #endif
 
 template <>
@@ -70,7 +82,7 @@ struct Lane<VFloat> {
   static IVON_FN VFloat convert(Int x) { return __builtin_convertvector(x, VFloat); }
   static IVON_FN Int shift_left(Int x, int by) { return (Int)((VUint)x << by); }
   static IVON_FN Int shift_right_logical(Int x, int by) { return (Int)((VUint)x >> by); }
-  static IVON_FN VFloat splat(float x) { return VFloat{} + x; }
+  static IVON_FN VFloat splat(float x) { return x - VFloat{}; }  // -0 stays -0, so no addition is left of it
 };
 
 IVON_FN VFloat load(const float* p) {

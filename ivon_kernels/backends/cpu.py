@@ -15,7 +15,7 @@ from ivon_kernels.backends.base import Backend, Draw
 from ivon_kernels.noise import Shard
 from ivon_kernels.pointers import DTYPES
 
-_ABI = 3
+_ABI = 4
 SIMD_VARIABLE = "IVON_KERNELS_SIMD"
 SIMD_LEVELS = ("avx512", "avx2", "baseline", "neon")
 
@@ -64,6 +64,7 @@ def _bind(path: str) -> ctypes.CDLL:
         function.argtypes, function.restype = [ctypes.POINTER(_Call)], None
     library.ivon_cpu_find_nonfinite.argtypes = [ctypes.POINTER(_Call)]
     library.ivon_cpu_find_nonfinite.restype = i64
+    library.ivon_cpu_lora.argtypes, library.ivon_cpu_lora.restype = [ctypes.c_void_p], None
     return library
 
 
@@ -83,16 +84,26 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
+def missing() -> str | None:
+    """Why there is no native library, or None."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL:
+    """The native library.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
+    loaded, reason = _load()
+    if loaded is None:
         raise RuntimeError(f"the cpu backend is missing: {reason}")
-    return library
+    return loaded
 
 
 def simd_level() -> str:
     """The SIMD level in use: ``"avx512"``, ``"avx2"``, ``"baseline"`` or ``"neon"``."""
-    level: bytes = _library().ivon_cpu_simd()
+    level: bytes = library().ivon_cpu_simd()
     return level.decode()
 
 
@@ -102,16 +113,15 @@ def set_simd_level(level: str) -> None:
     Raises:
         ValueError: If it was not built or the processor lacks it.
     """
-    if _library().ivon_cpu_set_simd(level.encode()) != 0:
+    if library().ivon_cpu_set_simd(level.encode()) != 0:
         raise ValueError(f"SIMD level {level!r} is not available here; there are {simd_levels()}")
 
 
 def simd_levels() -> list[str]:
     """The SIMD levels that were built and that this processor has, widest first."""
     current = simd_level()
-    library = _library()
-    levels = [level for level in SIMD_LEVELS if library.ivon_cpu_set_simd(level.encode()) == 0]
-    library.ivon_cpu_set_simd(current.encode())
+    levels = [level for level in SIMD_LEVELS if library().ivon_cpu_set_simd(level.encode()) == 0]
+    library().ivon_cpu_set_simd(current.encode())
     return levels
 
 
@@ -129,7 +139,7 @@ def normals(
     """The C++ twin of :func:`ivon_kernels.noise.normals` (same arguments, same bits), for tests and benchmarks."""
     out = torch.empty(numel, dtype=torch.float32)
     threads = torch.get_num_threads() if threads is None else threads
-    _library().ivon_cpu_normals(out.data_ptr(), numel, seed, step, sample, replica, param, start, threads)
+    library().ivon_cpu_normals(out.data_ptr(), numel, seed, step, sample, replica, param, start, threads)
     return out
 
 
@@ -176,7 +186,7 @@ class CpuBackend(Backend):
     keeps_noise = True  # on the CPU the normals cost more than the memory traffic
 
     def unavailable(self) -> str | None:
-        return _load()[1]
+        return missing()
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         if device.type != "cpu":
@@ -216,5 +226,5 @@ class CpuBackend(Backend):
             call.step_override = -1 if draw.step is None else draw.step
             table.set_sums(slots.summed)
         call.adopt, call.draw_next, call.threads = adopt, draw_next, torch.get_num_threads()
-        result: int | None = getattr(_library(), f"ivon_cpu_{operation}")(ctypes.byref(call))
+        result: int | None = getattr(library(), f"ivon_cpu_{operation}")(ctypes.byref(call))
         return -1 if result is None else result
