@@ -170,18 +170,33 @@ def _amd(compiled: Any) -> dict[str, Any]:
     }
 
 
+def compiled_for(gpu: str, kernel: Any, constants: dict[str, Any]) -> Any:
+    """A kernel whose arguments are int64 but for the constexpr ones."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ivon_kernels.backends.triton_launch import OPTIONS
+
+    signature = {name: "constexpr" if name in constants else "i64" for name in kernel.arg_names}
+    amd = gpu.startswith("gfx")
+    target = GPUTarget("hip", gpu, 64) if amd else GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
+    return triton.compile(ASTSource(kernel, signature, constexprs=constants), target=target, options=dict(OPTIONS))
+
+
+def looked_at(gpu: str, compiled: Any, *, whole: bool) -> dict[str, Any]:
+    """Fields of Code; `whole`: those that a disassembly takes."""
+    return _amd(compiled) if gpu.startswith("gfx") else _nvidia(compiled, whole)
+
+
 def compile_job(job: Job) -> Code:
     """Compile one kernel and look at it."""
     import time
 
-    import triton
     import triton.language as tl
     import triton_probes
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from ivon_kernels.backends import triton_kernels
-    from ivon_kernels.backends.triton_launch import OPTIONS
 
     probe = job.kernel in ("normals", "division")
     kernel = getattr(triton_probes if probe else triton_kernels, f"{job.kernel}_kernel")
@@ -191,26 +206,29 @@ def compile_job(job: Job) -> Code:
         constants["AWKWARD"] = job.awkward
     if job.kernel in ("sample", "accumulate", "step"):
         constants["SHARD"] = job.shard
-    signature = {name: "constexpr" if name in constants else "i64" for name in kernel.arg_names}
-    amd = job.gpu.startswith("gfx")
-    target = GPUTarget("hip", job.gpu, 64) if amd else GPUTarget("cuda", int(job.gpu.removeprefix("sm_")), 32)
     start = time.perf_counter()
-    compiled = triton.compile(ASTSource(kernel, signature, constexprs=constants), target=target, options=dict(OPTIONS))
-    found = _amd(compiled) if amd else _nvidia(compiled, not job.awkward)
+    compiled = compiled_for(job.gpu, kernel, constants)
+    found = looked_at(job.gpu, compiled, whole=not job.awkward)
     seconds = time.perf_counter() - start
     conversions = compiled.asm["ttgir"].count("ttg.convert_layout")
     return Code(**found, shared=compiled.metadata.shared, conversions=conversions, seconds=seconds)
 
 
-def compile_all(jobs: Sequence[Job]) -> dict[Job, Code]:
-    """Compile in a process of its own, with a cache of its own."""
+def in_process(script: str, jobs: Sequence[Any]) -> list[Any]:
+    """What a script prints for the jobs (JSON), in a process of its own, with a cache of its own."""
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
         result = subprocess.run(
-            [sys.executable, __file__], input=json.dumps(jobs), env=environment, capture_output=True, text=True
+            [sys.executable, script], input=json.dumps(jobs), env=environment, capture_output=True, text=True
         )
     assert result.returncode == 0, result.stderr
-    return dict(zip(jobs, (Code(*values) for values in json.loads(result.stdout)), strict=True))
+    found: list[Any] = json.loads(result.stdout)
+    return found
+
+
+def compile_all(jobs: Sequence[Job]) -> dict[Job, Code]:
+    """Compile in a process of its own."""
+    return dict(zip(jobs, (Code(*values) for values in in_process(__file__, jobs)), strict=True))
 
 
 def _main() -> None:

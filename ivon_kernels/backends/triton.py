@@ -241,14 +241,14 @@ class _Plan:
         return table
 
 
-def _signed(seed: int) -> int:
+def signed(seed: int) -> int:
     """The int64 with the bits of a seed below 2^64."""
     return seed - (1 << 64) if seed >> 63 else seed
 
 
 def _noise(draw: Draw) -> tuple[int, int, int]:
     """A draw as the kernels take it: seed, step or -1, sample and replica."""
-    return _signed(draw.seed), -1 if draw.step is None else draw.step, draw.sample | draw.replica << 16
+    return signed(draw.seed), -1 if draw.step is None else draw.step, draw.sample | draw.replica << 16
 
 
 class TritonBackend(DeviceBackend):
