@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: ``python -m benchmarks [finetune|gpu|sharding|speed]``."""
+"""The command line of the benchmarks: ``python -m benchmarks [finetune|gpu|sharding|speed|stacking]``."""
 
 import typer
 
@@ -6,6 +6,7 @@ from benchmarks.finetune.cli import finetune
 from benchmarks.gpu.cli import gpu
 from benchmarks.sharding.cli import sharding
 from benchmarks.speed.cli import speed
+from benchmarks.stacking.cli import stacking
 
 app = typer.Typer(
     help="Benchmarks of ivon_kernels.",
@@ -18,6 +19,7 @@ app.command()(finetune)
 app.command()(gpu)
 app.command()(sharding)
 app.command()(speed)
+app.command()(stacking)
 
 if __name__ == "__main__":
     app(prog_name="python -m benchmarks")

@@ -74,8 +74,8 @@ def _eight_bit_config() -> Any:
     return transformers.BitsAndBytesConfig(load_in_8bit=True)
 
 
-def add_lora(model: nn.Module, *, seed: int) -> peft.PeftModel:
-    """Gives `model` LoRA adapters (r 8, alpha 16, dropout 0.1) whose initial values depend on `seed` alone.
+def add_lora(model: nn.Module, *, seed: int, rank: int = 8) -> peft.PeftModel:
+    """Gives `model` LoRA adapters (alpha 2 r, dropout 0.1) whose initial values depend on `seed` alone.
 
     The adapters go on `q_proj` and `v_proj`; a model without these gets PEFT's own choice for its architecture.
 
@@ -85,8 +85,8 @@ def add_lora(model: nn.Module, *, seed: int) -> peft.PeftModel:
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
-        r=8,
-        lora_alpha=16,
+        r=rank,
+        lora_alpha=2 * rank,
         lora_dropout=0.1,
         target_modules=LORA_TARGETS if names.issuperset(LORA_TARGETS) else None,
     )
