@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_kernels.noise import MAX_SAMPLES
-from ivon_kernels.posterior import dials, file, hub, names
+from ivon_kernels.posterior import dials, file, generation, hub, names, prediction
 from ivon_kernels.posterior.gaussian import Gaussian
 from ivon_kernels.posterior.placement import Placement
 
@@ -34,8 +34,7 @@ class Posterior(Mapping[str, Gaussian]):
 
         model = PeftModel.from_pretrained(base, folder)  # in another process
         posterior = Posterior.load(folder)
-        with posterior.sampled(model, 7):  # the same weights everywhere
-            ...  # predict
+        prediction = posterior.predict(model, inputs, samples=10)
 
     Sample ``k`` of a posterior is the same set of weights at any time, on any device and backend: that of
     ``optimizer.sampled_params(sample=k)``.
@@ -294,6 +293,10 @@ class Posterior(Mapping[str, Gaussian]):
         weights = {name: torch.empty_like(gaussian.mean) for name, gaussian in self.items()}
         Placement(self, weights, backend).put(self.seed, sample)
         return weights
+
+    predict = prediction.predict
+    generate = generation.generate
+    generate_averaged = generation.generate_averaged
 
     # ---- others like this one ----------------------------------------------------------------------------------------
 
