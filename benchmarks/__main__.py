@@ -1,7 +1,8 @@
-"""The command line of the benchmarks: ``python -m benchmarks [finetune|gpu|sharding|speed|stacking]``."""
+"""The command line of the benchmarks: ``python -m benchmarks [evaluate|finetune|gpu|sharding|speed|stacking]``."""
 
 import typer
 
+from benchmarks.evaluate.cli import evaluate
 from benchmarks.finetune.cli import finetune
 from benchmarks.gpu.cli import gpu
 from benchmarks.sharding.cli import sharding
@@ -15,6 +16,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(evaluate)
 app.command()(finetune)
 app.command()(gpu)
 app.command()(sharding)

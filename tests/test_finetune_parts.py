@@ -193,15 +193,6 @@ def test_scores_of_one_confident_guess(classes: int) -> None:
     assert scores.rater_kl is None
 
 
-def test_reliability_puts_examples_in_their_confidence_bin() -> None:
-    probabilities = torch.tensor([[0.72, 0.18, 0.1]] * 4 + [[0.05, 0.05, 0.9001]] * 2, dtype=torch.float64)
-    labels = [0, 0, 0, 1, 2, 2]
-    points = evaluate.reliability(probabilities, [Example("", label) for label in labels])
-    assert points.counts == [0, 0, 0, 0, 0, 0, 0, 4, 0, 2]
-    assert points.confidence == pytest.approx([0.72, 0.9001])
-    assert points.accuracy == pytest.approx([0.75, 1.0])
-
-
 class SoftCap(nn.Linear):
     """An output layer that is more than its matrix."""
 

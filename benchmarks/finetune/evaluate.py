@@ -5,31 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import sklearn.metrics
 import torch
-from sklearn.calibration import calibration_curve
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from benchmarks.finetune.data import Batch, EncodedExamples, Example
 from benchmarks.finetune.train import InterruptGuard
+from ivon_kernels.posterior import metrics
 
-BINS = 10
 BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How good predicted class probabilities are.
+    """The scores that a record holds; `ivon_kernels.posterior.metrics.Scores` says what they are.
 
-    Attributes:
-        accuracy: share of examples whose most probable class is the label.
-        nll: mean negative log-likelihood of the label, in nats.
-        ece: expected calibration error, 10 equal bins of confidence.
-        brier: mean squared distance to the one-hot label, summed over the classes (0 to 2).
-        rater_kl: mean Kullback-Leibler divergence of the prediction from the raters' votes, in nats, where there are
-            votes.
+    `rater_kl` is the divergence from the raters' votes, where there are votes.
     """
 
     accuracy: float
@@ -39,43 +29,21 @@ class Scores:
     rater_kl: float | None
 
 
+def labels_of(examples: Sequence[Example]) -> Tensor:
+    """The labels, int64 `[examples]`."""
+    return torch.tensor([example.label for example in examples])
+
+
+def votes_of(examples: Sequence[Example]) -> Tensor | None:
+    """The raters' votes, float64 `[examples, classes]`; None where people did not rate every example."""
+    votes = [example.votes for example in examples if example.votes is not None]
+    return torch.tensor(votes, dtype=torch.float64) if len(votes) == len(examples) else None
+
+
 def score(probabilities: Tensor, examples: Sequence[Example]) -> Scores:
     """Judges `probabilities`, float64 `[examples, classes]`."""
-    labels = torch.tensor([example.label for example in examples])
-    classes = probabilities.shape[1]
-    every_class = np.arange(classes)
-    votes = [example.votes for example in examples if example.votes is not None]
-    rater_kl = None
-    if len(votes) == len(examples):
-        shares = torch.tensor(votes, dtype=torch.float64)
-        shares /= shares.sum(1, keepdim=True)
-        rater_kl = nn.functional.kl_div(probabilities.log(), shares, reduction="batchmean").item()
-    return Scores(
-        accuracy=multiclass_accuracy(probabilities, labels, classes, average="micro").item(),
-        nll=float(sklearn.metrics.log_loss(labels, probabilities, labels=every_class)),
-        ece=multiclass_calibration_error(probabilities, labels, classes, n_bins=BINS, norm="l1").item(),
-        brier=float(sklearn.metrics.brier_score_loss(labels, probabilities, labels=every_class, scale_by_half=False)),
-        rater_kl=rater_kl,
-    )
-
-
-@dataclass(frozen=True)
-class Reliability:
-    """Points of a reliability diagram: the bins that hold examples, by confidence."""
-
-    confidence: list[float]
-    accuracy: list[float]
-    counts: list[int]
-    """Examples in each of the 10 equal bins, the empty ones included."""
-
-
-def reliability(probabilities: Tensor, examples: Sequence[Example]) -> Reliability:
-    """Mean confidence and accuracy per confidence bin."""
-    confidence, predicted = probabilities.max(1)
-    correct = predicted == torch.tensor([example.label for example in examples])
-    accuracy, mean_confidence = calibration_curve(correct.numpy(), confidence.numpy(), n_bins=BINS)
-    counts, _ = np.histogram(confidence.numpy(), bins=BINS, range=(0.0, 1.0))
-    return Reliability(mean_confidence.tolist(), accuracy.tolist(), counts.tolist())
+    found = metrics.evaluate(probabilities, labels_of(examples), votes_of(examples))
+    return Scores(found.accuracy, found.nll, found.ece, found.brier, found.vote_kl)
 
 
 @torch.inference_mode()

@@ -116,7 +116,11 @@ class LabelScorer:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Float32 logits `[batch, classes]`."""
-        return (self._label_rows if self._direct else self._whole_model)(batch.input_ids, batch.last)
+        return self.logits(batch.input_ids, batch.last)
+
+    def logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
+        """Float32 logits `[rows, classes]` of right-padded prompts `[rows, tokens]` that end at `last` `[rows]`."""
+        return (self._label_rows if self._direct else self._whole_model)(input_ids, last)
 
     def _whole_model(self, input_ids: Tensor, last: Tensor) -> Tensor:
         logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor
 
 from benchmarks import UserError
 from benchmarks.finetune import data, evaluate, model, report, train
-from benchmarks.finetune.settings import Settings
+from benchmarks.finetune.settings import RUN, Settings
 from benchmarks.finetune.tasks import Task
 from ivon_kernels import IVON
+from ivon_kernels.posterior import metrics
+from ivon_kernels.posterior.page import draw_reliability
 
 TITLES = {"adamw": "AdamW", "ivon": "IVON"}
 
@@ -39,17 +43,18 @@ class Job:
             max_words=settings.max_words,
             seed=settings.seed,
         )
-        _make_folder(settings)
+        make_folder(settings.out)
         with console.status("Loading the model"):
             base, tokenizer = model.load_model(settings.model, device=self.device, in_8bit=settings.load_in_8bit)
         self.model = model.add_lora(base, seed=settings.seed)
-        self.scorer = model.LabelScorer(self.model, tokenizer, task.label_words, suffix=_last_word(examples.train[0]))
+        self.scorer = model.LabelScorer(self.model, tokenizer, task.label_words, suffix=last_word(examples.train[0]))
         self.examples = examples.test
         encode = (tokenizer, settings.max_tokens, self.device)
         self.train_set = data.EncodedExamples(examples.train, *encode)
         self.test_set = data.EncodedExamples(examples.test, *encode)
         self.start = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         self.rows: list[report.Row] = []
+        self.probabilities: dict[str, Tensor] = {}
         self.trainings: dict[str, train.Training] = {}
 
     def run(self) -> bool:
@@ -57,7 +62,7 @@ class Job:
 
         Every optimizer starts from the same adapter values and sees the same batches and the same dropout.
         """
-        with train.InterruptGuard() as guard, _progress(self.console) as progress:
+        with train.InterruptGuard() as guard, progress_bars(self.console) as progress:
             try:
                 for name in self.settings.optimizers:
                     guard.check()
@@ -86,8 +91,10 @@ class Job:
         self.trainings[name] = training
         folder = self.settings.out / name
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / RUN).write_text(json.dumps(self.settings.record(), indent=2) + "\n", encoding="utf-8")
         if isinstance(training.optimizer, IVON):
             torch.save(training.optimizer.state_dict(), folder / "optimizer.pt")
+            training.optimizer.posterior(self.model).save(folder)
 
     def _restore_start(self) -> None:
         with torch.no_grad():
@@ -118,7 +125,8 @@ class Job:
     def _add_row(self, title: str, name: str, probabilities: Tensor) -> None:
         training = self.trainings[name]
         scores = evaluate.score(probabilities, self.examples)
-        curve = evaluate.reliability(probabilities, self.examples)
+        curve = metrics.reliability(probabilities, evaluate.labels_of(self.examples))
+        self.probabilities[title] = probabilities
         self.rows.append(report.Row(title, name, scores, curve, training.seconds, training.optimizer_ms))
 
     def _report(self, finished: bool) -> None:
@@ -137,7 +145,8 @@ class Job:
         report.write_results(out / "results.json", results, self.rows)
         if self.rows:
             report.print_table(self.console, self.rows, title=title, examples=len(self.examples))
-            report.draw_reliability(out / "reliability.png", self.rows, title=title)
+            labels = evaluate.labels_of(self.examples)
+            draw_reliability(out / "reliability.png", self.probabilities, labels, title=title)
         for name, training in self.trainings.items():
             self.console.print(f"{TITLES[name]} adapter after {training.steps} steps: {out / name}", soft_wrap=True)
         self.console.print(f"Results: {out / 'results.json'}", soft_wrap=True)
@@ -159,20 +168,26 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _make_folder(settings: Settings) -> None:
+def make_folder(out: Path) -> None:
+    """Makes the folder of `--out`.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     try:
-        settings.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"Cannot write to --out {settings.out}: {error.strerror}.") from error
+        raise UserError(f"Cannot write to --out {out}: {error.strerror}.") from error
 
 
-def _last_word(example: data.Example) -> str:
+def last_word(example: data.Example) -> str:
     """The end of every prompt, after which the label words come."""
     return example.prompt.split()[-1]
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
+def progress_bars(console: Console) -> Iterator[Progress]:
+    """Bars with a field `note`, above which the console may print."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -15,6 +15,8 @@ IVON_ONLY = ("ess", "hess_init", "clip_radius", "samples")
 POSITIVE = ("lr", "adamw_lr", "ess", "hess_init", "clip_radius")
 AT_LEAST_ONE = ("steps", "batch_size", "train_size", "test_size", "max_words", "samples")
 MAX_SAMPLES = 2**16
+RUN = "run.json"
+"""Beside an adapter: the settings it was trained with, which ``python -m benchmarks evaluate`` goes by."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What a saved posterior is worth: its predictions where it was trained, and elsewhere."""
