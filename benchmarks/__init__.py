@@ -1,4 +1,4 @@
-"""Benchmarks of ivon_kernels: ``python -m benchmarks finetune`` (quality) and ``python -m benchmarks speed``."""
+"""Benchmarks of ivon_kernels: ``python -m benchmarks`` lists them."""
 
 
 class UserError(Exception):

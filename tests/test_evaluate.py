@@ -110,7 +110,7 @@ def test_a_table_for_each_domain(finished: tuple[Path, str]) -> None:
     titles = re.findall(r"^(\w+), (in distribution|under shift), 20 examples", output, re.MULTILINE)
     assert titles == [(name, "under shift" if name != "vader_nyt" else "in distribution") for name in DOMAINS]
     heat, cut = record(finished[0])["dials"]
-    assert f"temperature {heat['best']:g}: the best NLL on 20 validation examples, of 0.5, 1, 3, 10\n" in output
+    assert f"temperature {heat['best']:g}: the best NLL on 20 validation examples, of 0.1, 0.3, 1, 3, 10\n" in output
     assert f"pruned fraction {cut['best']:g}: the best NLL on 20 validation examples, of 0, 0.1, 0.3" in output
     assert max(len(line) for line in output.splitlines() if "samples " in line) <= 80
 

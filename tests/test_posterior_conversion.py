@@ -10,7 +10,7 @@ import ivon
 import pytest
 import torch
 from peft import PeftModel
-from test_posterior_files import assert_equal, trained
+from saved_posterior import assert_equal, trained
 from tiny_llm import llama, lora_llama, make_trainer, sequences
 from torch import nn
 
@@ -86,8 +86,19 @@ def _loss(model: nn.Module, data: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-def test_ivon_opt() -> None:
+def test_frozen_parameters_keep_their_place_in_the_noise() -> None:
     model = lora_llama()
+    params = [p for p in model.parameters() if p.requires_grad]
+    params[1].requires_grad_(False)
+    optimizer = IVON(params, lr=0.1, ess=10.0, seed=1)
+    posterior = optimizer.posterior(model)
+    assert [one.index for one in posterior.values()] == [0, 2, 3]
+    assert_equal(Posterior.from_checkpoint(optimizer.state_dict(), model, params=params), posterior)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ivon_opt(dtype: torch.dtype) -> None:
+    model = lora_llama().to(dtype)
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = ivon.IVON([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.5}], lr=0.1, ess=30.0)
     data = torch.tensor([row["input_ids"] for row in sequences()])
@@ -99,9 +110,10 @@ def test_ivon_opt() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of the momentum nothing is needed
         posterior = Posterior.from_checkpoint(optimizer.state_dict(), model, seed=5)
-    hess = torch.cat([group["hess"] for group in optimizer.param_groups])
+    hess = torch.cat([group["hess"] for group in optimizer.param_groups]).float()
+    assert all(one.mean.dtype == one.hess.dtype == torch.float32 for one in posterior.values())
     assert torch.cat([one.hess.flatten() for one in posterior.values()]).equal(hess)
-    assert all(posterior[name].mean.equal(p) for name, p in posterior.parameters_of(model).items())
+    assert all(posterior[name].mean.equal(p.float()) for name, p in posterior.parameters_of(model).items())
     assert [one.weight_decay for one in posterior.values()] == [1e-4, 0.5, 0.5, 0.5]
     assert [one.index for one in posterior.values()] == [0, 1, 2, 3]
     assert {one.ess for one in posterior.values()} == {30.0}

@@ -7,9 +7,8 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saved_posterior import assert_equal, save_lora, trained
 from tiny_llm import IVON_OPTIONS, llama, lora_llama, same, weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
@@ -30,43 +30,12 @@ from ivon_kernels.posterior.file import FILE
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`:FutureWarning",  # PEFT calls what transformers is renaming
 )
-TOKENS = torch.tensor([[3, 4, 5, 6], [7, 8, 9, 10]])
-
-
-def trained(model: nn.Module, **options: Any) -> tuple[IVON, Posterior]:
-    """A posterior that two steps have moved, in two parameter groups."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": params[:1]}, {"params": params[1:], "ess": 0.1 + 1e6, "weight_decay": 1e-7}]
-    optimizer = IVON(groups, **{**IVON_OPTIONS, **options})
-    for _ in range(2):
-        with optimizer.sampled_params(train=True):
-            output = model(input_ids=TOKENS) if hasattr(model, "config") else model(TOKENS.float())
-            getattr(output, "logits", output).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return optimizer, optimizer.posterior(model)
-
-
-def assert_equal(left: Posterior, right: Posterior) -> None:
-    assert list(left) == list(right)
-    assert left.seed == right.seed
-    for name, one in left.items():
-        other = right[name]
-        assert (one.index, one.ess, one.weight_decay) == (other.index, other.ess, other.weight_decay)
-        assert one.mean.dtype == other.mean.dtype
-        assert one.mean.equal(other.mean)
-        assert one.hess.equal(other.hess)
-        assert one.variance.equal(other.variance)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Posterior]:
     folder = tmp_path_factory.mktemp("saved")
-    model = lora_llama()
-    _, posterior = trained(model)
-    model.save_pretrained(folder)
-    posterior.save(folder)
-    return folder, posterior
+    return folder, save_lora(folder)
 
 
 # ---- round trips -----------------------------------------------------------------------------------------------------
@@ -116,6 +85,21 @@ def test_beside_a_whole_model(tmp_path: Path, shard_size: str) -> None:
     sampled = AutoModelForCausalLM.from_pretrained(loaded.sample_adapter(2, tmp_path / "sample"))
     with posterior.sampled(model, 2):
         assert same(dict(sampled.named_parameters()), dict(model.named_parameters()))
+
+
+def test_every_file_of_the_weights_counts(tmp_path: Path) -> None:
+    model = llama()
+    _, posterior = trained(model)
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    posterior.save(tmp_path)
+    last = max(tmp_path.glob("model*.safetensors"))
+    tensors = {name: value + 1 for name, value in load_file(last).items()}
+    save_file(tensors, last, metadata={"format": "pt"})
+    with pytest.raises(PosteriorFileError, match=rf"{last.name} in .*SHA-256 differs"):
+        Posterior.load(tmp_path)
+    last.unlink()
+    with pytest.raises(PosteriorFileError, match=f"names {last.name}, which is not there"):
+        Posterior.load(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -186,68 +170,6 @@ def test_samples_are_the_same_in_another_process(saved: tuple[Path, Posterior]) 
     }
     assert len(found) == 1
     assert all(w.equal(posterior.draw(11)[name]) for name, w in Posterior.load(folder).draw(11).items())
-
-
-# ---- adapters that know nothing of it --------------------------------------------------------------------------------
-
-
-def test_a_sample_as_an_ordinary_adapter(tmp_path: Path, saved: tuple[Path, Posterior]) -> None:
-    folder, posterior = saved
-    where = Posterior.load(folder).sample_adapter(6, tmp_path / "sample 6")
-    assert {path.name for path in where.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    model = PeftModel.from_pretrained(llama(), where)
-    assert same(load_file(where / "adapter_model.safetensors"), posterior.draw(6))
-    with posterior.sampled(PeftModel.from_pretrained(llama(), folder), 6):
-        pass
-    held = {name: p.detach() for name, p in posterior.parameters_of(model).items()}
-    assert same(held, posterior.draw(6))
-
-
-def test_what_sample_adapter_refuses(tmp_path: Path, saved: tuple[Path, Posterior]) -> None:
-    folder, posterior = saved
-    with pytest.raises(ValueError, match="holds a posterior and its mean: write the sample into another folder"):
-        posterior.sample_adapter(0, folder)
-    with pytest.raises(ValueError, match="has no folder yet: save it beside its adapter first"):
-        Posterior(posterior, 0).sample_adapter(0, tmp_path)
-    alone = Posterior(posterior, 0)
-    alone.save(tmp_path / "alone")
-    with pytest.raises(PosteriorFileError, match="there are no saved weights in"):
-        alone.sample_adapter(0, tmp_path / "sample")
-    with pytest.raises(ValueError, match="sample must be a whole number"):
-        posterior.sample_adapter(-1, tmp_path)
-
-
-def test_the_adapter_itself_is_what_it_was(tmp_path: Path, saved: tuple[Path, Posterior]) -> None:
-    folder, posterior = saved
-    model = PeftModel.from_pretrained(llama(), folder)
-    assert same({name: p.detach() for name, p in posterior.parameters_of(model).items()}, posterior.mean)
-
-
-@pytest.fixture
-def hub() -> Iterator[mock.Mock]:
-    """The hub's client, as transformers and huggingface_hub call it."""
-    api = mock.Mock()
-    with (
-        mock.patch("transformers.utils.hub.hf_api", return_value=api),
-        mock.patch("transformers.utils.hub.create_and_tag_model_card"),
-        mock.patch("huggingface_hub.HfApi", return_value=api),
-    ):
-        yield api
-
-
-def test_pushing_and_pulling(saved: tuple[Path, Posterior], hub: mock.Mock) -> None:
-    folder, posterior = saved
-    PeftModel.from_pretrained(llama(), folder).push_to_hub("me/adapter")
-    files = {operation.path_in_repo for operation in hub.create_commit.call_args.kwargs["operations"]}
-    assert {"adapter_model.safetensors", "adapter_config.json"} < files
-    posterior.push_to_hub("me/adapter")
-    assert hub.upload_file.call_args.kwargs["path_or_fileobj"] == folder / FILE
-    assert hub.upload_file.call_args.kwargs["repo_id"] == "me/adapter"
-    with mock.patch("huggingface_hub.snapshot_download", return_value=str(folder)) as download:
-        assert_equal(Posterior.load("me/adapter", revision="main"), posterior)
-    download.assert_called_once()
-    with pytest.raises(ValueError, match="is in no folder yet"):
-        Posterior(posterior, 0).push_to_hub("me/adapter")
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -382,6 +304,28 @@ def test_bad_places(tmp_path: Path, saved: tuple[Path, Posterior], entry: object
     _metadata("parameters", {name: [1, 0] for name in names})(folder)
     with pytest.raises(PosteriorFileError, match="two tensors have the noise index 1"):
         Posterior.load(folder)
+
+
+def test_weights_of_another_shape_with_the_same_bytes(tmp_path: Path) -> None:
+    save_lora(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = min(tensors)
+    tensors[name] = tensors[name].flatten()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(PosteriorFileError, match="its SHA-256 differs"):
+        Posterior.load(tmp_path)
+
+
+def test_weights_that_came_later_are_compared(tmp_path: Path) -> None:
+    model = lora_llama()
+    _, posterior = trained(model)
+    posterior.save(tmp_path)
+    assert_equal(Posterior.load(tmp_path), posterior)
+    model.save_pretrained(tmp_path)
+    assert_equal(Posterior.load(tmp_path), posterior)
+    lora_llama().save_pretrained(tmp_path)
+    with pytest.raises(PosteriorFileError, match="is not the mean of the posterior beside it"):
+        Posterior.load(tmp_path)
 
 
 def test_no_posterior_there(tmp_path: Path) -> None:

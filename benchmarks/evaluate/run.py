@@ -29,7 +29,7 @@ from ivon_kernels.posterior.sweeps import Sweep, sweep_pruning, sweep_temperatur
 
 BATCH_SIZE = 12
 """Sentences in a batch; with 10 samples in one pass these are 120 rows. Ctrl-C waits for the end of one."""
-TEMPERATURES = (0.5, 1.0, 3.0, 10.0)
+TEMPERATURES = (0.1, 0.3, 1.0, 3.0, 10.0)
 FRACTIONS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 DIAL_SAMPLES = 4
 """Samples that the temperature is chosen by: they share their noise, so few tell temperatures apart."""

@@ -191,7 +191,7 @@ class Posterior(Mapping[str, Gaussian]):
         """
         return hub.push(self.folder, repo_id, commit_message)
 
-    def sample_adapter(self, sample: int, folder: str | Path) -> Path:
+    def sample_adapter(self, sample: int, folder: str | Path | None = None) -> Path:
         """Write one sample as an ordinary adapter (or model) folder, for everything that knows nothing of posteriors.
 
         The sample has the bits that :meth:`sampled` puts into weights of the saved dtype. Configuration and tokenizer
@@ -199,7 +199,7 @@ class Posterior(Mapping[str, Gaussian]):
 
         Args:
             sample: Number of the sample, in ``[0, 65536)``.
-            folder: Where to write; made if it is not there.
+            folder: Where to write; made if it is not there. None: ``sample_K`` in the posterior's own folder.
 
         Returns:
             The folder.
@@ -209,7 +209,7 @@ class Posterior(Mapping[str, Gaussian]):
             PosteriorFileError: If the weights that it was saved with are not there any more.
         """
         _check_sample(sample)
-        return file.save_sample(self, sample, Path(folder))
+        return file.save_sample(self, sample, folder)
 
     # ---- in a model --------------------------------------------------------------------------------------------------
 

@@ -117,11 +117,12 @@ def load(folder: Path, device: torch.device | str) -> tuple[dict[str, Gaussian],
     return moved, seed
 
 
-def save_sample(posterior: Posterior, sample: int, folder: Path) -> Path:
+def save_sample(posterior: Posterior, sample: int, target: str | Path | None) -> Path:
     """See :meth:`ivon_kernels.posterior.Posterior.sample_adapter`."""
     source = posterior.folder
     if source is None:
         raise ValueError("this posterior has no folder yet: save it beside its adapter first, posterior.save(folder)")
+    folder = source / f"sample_{sample}" if target is None else Path(target)
     if (folder / FILE).exists():
         raise ValueError(f"{folder} holds a posterior and its mean: write the sample into another folder")
     files = weight_files(source)
