@@ -344,7 +344,7 @@ def test_any_damage_is_noticed_or_without_effect(saved: tuple[Path, Posterior], 
     header = 8 + struct.unpack("<Q", content[:8])[0]
     for _ in range(data.draw(st.integers(1, 3))):
         kind = data.draw(st.sampled_from(["cut", "overwrite", "insert", "delete"]))
-        at = data.draw(st.one_of(st.integers(0, 16), st.integers(0, header), st.integers(0, len(content) - 1)))
+        at = data.draw(st.one_of(st.integers(0, 16), st.integers(0, header), st.integers(0, len(content))))
         piece = data.draw(
             st.one_of(st.binary(min_size=1, max_size=9), st.sampled_from([b"null", b"-1", b'"', b"}", b"[["]))
         )
