@@ -355,4 +355,7 @@ def posterior_of_shards(kind: str) -> tuple[dict[str, Tensor], ...]:
         with torch.no_grad():
             outputs = {"outputs": model(batch(0)[0])}
     outputs["at the mean"] = model(batch(0)[0]).detach()
-    return posterior.mean, {name: one.hess for name, one in posterior.items()}, posterior.draw(5), held, outputs
+    hess = {name: one.hess for name, one in posterior.items()}
+    posterior.pruned(0.5).copy_mean_to(model)
+    pruned = {name: whole(param) for name, param in posterior.parameters_of(model).items()}
+    return posterior.mean, hess, posterior.draw(5), held, outputs, pruned

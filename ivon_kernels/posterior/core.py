@@ -275,9 +275,7 @@ class Posterior(Mapping[str, Gaussian]):
         Raises:
             ValueError: If the model does not fit.
         """
-        with torch.no_grad():
-            for name, param in self.parameters_of(model, adapter).items():
-                param.copy_(self[name].mean)
+        self._placement(model, adapter, None).put_mean()
 
     def draw(self, sample: int, *, backend: str | None = None) -> dict[str, Tensor]:
         """The weights of a sample by name, in the dtype and shape of the means, not rounded to the model's dtype.

@@ -47,7 +47,7 @@ class Scores:
 
 
 def evaluate(probabilities: Tensor, labels: Tensor, votes: Tensor | None = None) -> Scores:
-    """Judges predicted class probabilities.
+    """Judge predicted class probabilities.
 
     Args:
         probabilities: `[N, C]`, any floating dtype and device. Rows that sum to 1 within rounding are normalised.

@@ -100,9 +100,7 @@ class Placement:
     def mean(self) -> Iterator[None]:
         """Hold the mean in the parameters for the length of a block."""
         with self._borrowed():
-            for backend, slots in self._launches:
-                backend.restore(slots)
-            self._announce()
+            self.put_mean()
             yield
 
     def put(self, seed: int, sample: int) -> None:
@@ -110,6 +108,12 @@ class Placement:
         draw = Draw(seed, sample, step=EVAL_STEP)
         for backend, slots in self._launches:
             backend.sample(slots, draw, adopt=False)
+        self._announce()
+
+    def put_mean(self) -> None:
+        """Weights <- mean, for good."""
+        for backend, slots in self._launches:
+            backend.restore(slots)
         self._announce()
 
     @contextmanager
