@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
 from torch import Tensor
 
 from ivon_kernels.posterior import metrics
@@ -26,8 +29,11 @@ def test_four_examples_by_hand() -> None:
     # Every example is alone in its bin: |1 - 0.9|, |0 - 0.8|, |1 - 0.6|, |0 - 0.5|.
     assert scores.ece == pytest.approx((0.1 + 0.8 + 0.4 + 0.5) / 4)
     # Of the four pairs of a right and a wrong answer, 0.9 wins both and 0.6 wins one.
+    # Four examples are four bins of one.
+    assert scores.ece_adaptive == pytest.approx(scores.ece)
     assert scores.auroc_errors == pytest.approx(3 / 4)
     assert scores.aurc == pytest.approx((0 + 1 / 2 + 1 / 3 + 2 / 4) / 4)
+    assert scores.selective_accuracy == 1 / 2  # 80% of four, rounded up, are all four
     assert scores.vote_cross_entropy is None
     assert scores.vote_kl is None
 
@@ -42,6 +48,53 @@ def test_equal_confidence_shares_its_errors() -> None:
     labels = torch.tensor([0, 1, 0, 1])
     _, risk = metrics.risk_coverage(torch.tensor([[0.7, 0.3]] * 4), labels)
     assert risk.tolist() == pytest.approx([0.5] * 4)
+
+
+def test_adaptive_bins_hold_equally_many_examples() -> None:
+    confidence = np.linspace(0.98, 0.52, 23)
+    right = np.arange(23) % 3 > 0
+    # 23 examples in ten bins: three of the surest in each of the first three, two in the others.
+    starts = [0, 3, 6, 9, 11, 13, 15, 17, 19, 21, 23]
+    gaps = [abs(confidence[a:b].mean() - right[a:b].mean()) * (b - a) for a, b in pairwise(starts)]
+    probabilities = torch.from_numpy(np.stack([confidence, 1 - confidence], 1))
+    labels = torch.from_numpy(~right).long()
+    assert metrics.evaluate(probabilities, labels).ece_adaptive == pytest.approx(sum(gaps) / 23)
+    order = torch.randperm(23)
+    assert metrics.evaluate(probabilities[order], labels[order]).ece_adaptive == pytest.approx(sum(gaps) / 23)
+
+
+def test_adaptive_bins_that_cut_through_equal_confidences_share_their_errors() -> None:
+    # All bins are cut from one group of 25: whoever sorts its right and wrong answers apart finds a gap in each bin.
+    labels = torch.tensor([0] * 15 + [1] * 10)
+    found = metrics.adaptive_calibration_error(torch.tensor([[0.75, 0.25]] * 25), labels)
+    assert found == pytest.approx(0.75 - 15 / 25)
+
+
+@given(st.integers(1, 40), st.randoms(use_true_random=False))
+def test_with_distinct_confidences_adaptive_bins_are_quantiles(examples: int, random: Any) -> None:
+    confidence = torch.tensor(random.sample(range(501, 1000), 10 * examples), dtype=torch.float64) / 1000
+    labels = torch.tensor([random.randrange(2) for _ in confidence])
+    probabilities = torch.stack([confidence, 1 - confidence], 1)
+    accuracy, mean = calibration_curve(labels == 0, confidence, n_bins=10, strategy="quantile")
+    # Without ties and with a multiple of ten, scikit-learn's quantiles have no example on an edge and equal counts.
+    assert metrics.adaptive_calibration_error(probabilities, labels) == pytest.approx(np.abs(accuracy - mean).mean())
+
+
+def test_selective_accuracy_is_about_the_surest_four_fifths() -> None:
+    confidence = torch.tensor([0.95, 0.9, 0.85, 0.8, 0.75, 0.75, 0.7, 0.65, 0.6, 0.55])
+    probabilities = torch.stack([confidence, 1 - confidence], 1)
+    assert metrics.evaluate(probabilities, torch.tensor([0] * 8 + [1] * 2)).selective_accuracy == 1
+    assert metrics.evaluate(probabilities, torch.tensor([0] * 7 + [1, 0, 0])).selective_accuracy == 7 / 8
+    # Six examples: five of them, and the last of these shares the one error of the two that are equally sure.
+    six, labels = probabilities[:6], torch.tensor([0] * 5 + [1])
+    assert metrics.evaluate(six, labels).selective_accuracy == pytest.approx(4.5 / 5)
+    assert metrics.evaluate(six.flip(0), labels.flip(0)).selective_accuracy == pytest.approx(4.5 / 5)
+
+
+def test_reliability_counts_a_tie_of_two_classes_where_its_accuracy_is() -> None:
+    points = metrics.reliability(torch.tensor([[0.5, 0.5], [0.55, 0.45]]), torch.tensor([0, 0]))
+    assert points.counts == [0, 0, 0, 0, 1, 1, 0, 0, 0, 0]
+    assert points.confidence == pytest.approx([0.5, 0.55])
 
 
 def test_reliability_puts_examples_in_their_confidence_bin() -> None:
@@ -110,7 +163,7 @@ def predictions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 def test_scores_keep_their_bounds(case: tuple[Tensor, Tensor, Tensor]) -> None:
     probabilities, labels, votes = case
     scores = metrics.evaluate(probabilities, labels, votes)
-    for value in (scores.accuracy, scores.ece, scores.aurc):
+    for value in (scores.accuracy, scores.ece, scores.ece_adaptive, scores.aurc, scores.selective_accuracy):
         assert 0 <= value <= 1
     assert 0 <= scores.brier <= 2
     assert 0 <= scores.nll < 36.1

@@ -57,7 +57,7 @@ def test_fractions_are_scored_as_predictions() -> None:
 
 def made(values: list[tuple[float, float]]) -> list[Scores]:
     """Scores of these accuracies and calibration errors."""
-    return [Scores(accuracy, 1.0 - accuracy, ece, ece, 0.5, 0.5) for accuracy, ece in values]
+    return [Scores(accuracy, 1.0 - accuracy, ece, ece, ece, 0.5, 0.5, accuracy) for accuracy, ece in values]
 
 
 @pytest.mark.parametrize(("criterion", "best"), [("accuracy", 3.0), ("nll", 3.0), ("ece", 2.0), ("brier", 2.0)])

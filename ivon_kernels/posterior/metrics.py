@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 BINS = 10
-"""Bins of the calibration error and of the reliability diagram: equal parts of the confidence from 0 to 1."""
+"""Bins of the calibration errors and of the reliability diagram."""
+COVERAGE = 0.8
+"""The share of the examples, the most confident ones, that the selective accuracy is about."""
 _SUM_TOLERANCE = 1e-2  # what 8 significant bits (bfloat16) and a few hundred classes leave of a sum of 1
 _EXACT_SUM = 1e-9  # float64 probabilities that sum to 1 as well as float64 can keep their bits
 _SMALLEST = torch.finfo(
@@ -26,10 +28,13 @@ class Scores:
         nll: mean negative log-likelihood of the label, in nats; probabilities below 2.2e-16 count as that.
         ece: expected calibration error: the mean distance between confidence and accuracy over 10 equal bins of the
             confidence, each weighted by its examples (L1).
+        ece_adaptive: the same over 10 bins of equally many examples each, by confidence (Nguyen and O'Connor 2015;
+            Nixon et al. 2019), see `adaptive_calibration_error`.
         brier: mean squared distance to the one-hot label, summed over the classes (0 to 2, not halved).
         auroc_errors: the probability that a right answer has more confidence than a wrong one (area under the ROC
             curve); nan where every answer is right or every answer is wrong.
         aurc: area under the risk-coverage curve, see `risk_coverage`; 0 is best.
+        selective_accuracy: accuracy on the most confident 80% of the examples, rounded up; see `risk_coverage`.
         vote_cross_entropy: mean cross-entropy of the predictions to the shares of the votes, in nats; at least
             `vote_entropy(votes)`. None without votes.
         vote_kl: mean Kullback-Leibler divergence of the predictions from the shares of the votes, in nats; None without
@@ -39,9 +44,11 @@ class Scores:
     accuracy: float
     nll: float
     ece: float
+    ece_adaptive: float
     brier: float
     auroc_errors: float
     aurc: float
+    selective_accuracy: float
     vote_cross_entropy: float | None = None
     vote_kl: float | None = None
 
@@ -63,6 +70,7 @@ def evaluate(probabilities: Tensor, labels: Tensor, votes: Tensor | None = None)
     probabilities, labels = checked(probabilities, labels)
     classes = probabilities.shape[1]
     every_class = list(range(classes))
+    coverage, risk = risk_coverage(probabilities, labels)
     kl = entropy = None
     if votes is not None:
         kl, entropy = _vote_kl(probabilities, votes), vote_entropy(votes)
@@ -70,9 +78,11 @@ def evaluate(probabilities: Tensor, labels: Tensor, votes: Tensor | None = None)
         accuracy=multiclass_accuracy(probabilities, labels, classes, average="micro").item(),
         nll=float(log_loss(labels, probabilities, labels=every_class)),
         ece=multiclass_calibration_error(probabilities, labels, classes, n_bins=BINS, norm="l1").item(),
+        ece_adaptive=adaptive_calibration_error(probabilities, labels),
         brier=float(brier_score_loss(labels, probabilities, labels=every_class, scale_by_half=False)),
         auroc_errors=_auroc_errors(probabilities, labels),
-        aurc=risk_coverage(probabilities, labels)[1].mean().item(),
+        aurc=risk.mean().item(),
+        selective_accuracy=1 - risk[coverage >= COVERAGE][0].item(),
         vote_cross_entropy=None if kl is None or entropy is None else kl + entropy,
         vote_kl=kl,
     )
@@ -105,12 +115,35 @@ def risk_coverage(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
         ValueError: a shape, a range or a sum is wrong.
     """
     probabilities, labels = checked(probabilities, labels)
-    confidence, predicted = probabilities.max(1)
-    wrong = (predicted != labels).double()
-    _, group, sizes = torch.unique(-confidence, return_inverse=True, return_counts=True)  # ascending: surest first
-    errors = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, group, wrong)
+    _, wrong = _surest_first(probabilities, labels)
     answered = torch.arange(1, len(labels) + 1, dtype=torch.float64)
-    return answered / len(labels), (errors / sizes).repeat_interleave(sizes).cumsum(0) / answered
+    return answered / len(labels), wrong.cumsum(0) / answered
+
+
+def adaptive_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """Expected calibration error over bins of equally many examples, in the order of their confidence.
+
+    Equal bins of the confidence leave most of them nearly empty when most answers are sure; these do not. Where the
+    number of examples is no multiple of `bins`, the bins of the surest hold one more; with fewer examples than bins,
+    each is a bin. Examples of equal confidence share their errors evenly, so that their order does not matter.
+
+    Args:
+        probabilities: `[N, C]`.
+        labels: int `[N]`.
+        bins: how many bins.
+
+    Returns:
+        The distance between mean confidence and accuracy, averaged over the bins, each weighted by its examples.
+
+    Raises:
+        ValueError: a shape, a range or a sum is wrong.
+    """
+    import numpy as np
+
+    probabilities, labels = checked(probabilities, labels)
+    confidence, wrong = _surest_first(probabilities, labels)
+    gaps = np.array_split((confidence - (1 - wrong)).numpy(), min(bins, len(labels)))
+    return float(sum(abs(part.sum()) for part in gaps) / len(labels))
 
 
 @dataclass(frozen=True)
@@ -143,7 +176,8 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reli
     confidence, predicted = probabilities.max(1)
     confidence.clamp_(max=1.0)  # a softmax may round to one bit above
     accuracy, mean = calibration_curve((predicted == labels).numpy(), confidence.numpy(), n_bins=bins)
-    counts, _ = np.histogram(confidence.numpy(), bins=bins, range=(0.0, 1.0))
+    # calibration_curve's rule: a confidence on an edge, such as a tie of two classes, counts in the bin below it
+    counts = np.bincount(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence.numpy()), minlength=bins)
     return Reliability(mean.tolist(), accuracy.tolist(), counts.tolist())
 
 
@@ -164,6 +198,15 @@ def checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels must be between 0 and {classes - 1}, not {int(labels.min())} to {int(labels.max())}.")
     return probabilities, labels.long()
+
+
+def _surest_first(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Confidences, float64 `[N]`, the largest first, and how wrong each answer is: the mean of those as confident."""
+    confidence, predicted = probabilities.max(1)
+    wrong = (predicted != labels).double()
+    levels, group, sizes = torch.unique(-confidence, return_inverse=True, return_counts=True)
+    errors = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, group, wrong)
+    return -levels.repeat_interleave(sizes), (errors / sizes).repeat_interleave(sizes)
 
 
 def _normalised(probabilities: Tensor) -> Tensor:

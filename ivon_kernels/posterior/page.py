@@ -25,9 +25,11 @@ _COLUMNS = {
     "accuracy": "accuracy",
     "nll": "NLL",
     "ece": "ECE",
+    "ece_adaptive": "adaptive ECE",
     "brier": "Brier",
     "auroc_errors": "AUROC of errors",
     "aurc": "AURC",
+    "selective_accuracy": "selective accuracy",
     "vote_cross_entropy": "cross-entropy to votes",
     "vote_kl": "KL from votes",
 }
@@ -204,8 +206,9 @@ def _row(cells: Sequence[str]) -> str:
 
 def _legend(floor: float | None) -> str:
     text = (
-        "NLL in nats; ECE over 10 equal bins; Brier summed over the classes (0 to 2); AUROC of errors: does confidence "
-        "tell right from wrong (0.5: not at all); AURC: area under the risk-coverage curve."
+        "NLL in nats; ECE over 10 equal bins of the confidence, adaptive ECE over 10 bins of equally many examples; "
+        "Brier summed over the classes (0 to 2); AUROC of errors: does confidence tell right from wrong (0.5: not at "
+        "all); AURC: area under the risk-coverage curve; selective accuracy: on the most confident 80%."
     )
     if floor is None:
         return text
