@@ -258,8 +258,8 @@ def interrupt_after(calls: int, function: Any) -> Any:
 @pytest.mark.parametrize(
     ("place", "calls", "rows", "steps"),
     [
-        ((train, "_plain_step"), 3, [], {"adamw": 3}),
-        ((train, "_ivon_step"), 4, ["AdamW"], {"adamw": 6, "ivon": 4}),
+        ((train, "cross_entropy"), 3, [], {"adamw": 3}),
+        ((train, "cross_entropy"), 6 + 4, ["AdamW"], {"adamw": 6, "ivon": 4}),
         ((evaluate, "predict"), 3, ["AdamW", "IVON, mean"], {"adamw": 6, "ivon": 6}),
     ],
     ids=["training AdamW", "training IVON", "evaluating a sample"],

@@ -79,14 +79,16 @@ class Job:
     def _train(self, name: str, guard: train.InterruptGuard, progress: Progress) -> None:
         self._restore_start()
         bar = progress.add_task(f"{TITLES[name]}: training", total=self.settings.steps, note="")
+        optimizer = train.make_optimizer(name, train.trainable(self.model), self.settings)
         training = train.train(
-            name,
+            optimizer,
             self.model,
-            self.scorer,
+            lambda batch: train.cross_entropy(self.scorer, batch),
             self.train_set.epochs(self.settings.batch_size, self.settings.seed),
-            self.settings,
-            guard,
-            lambda loss: progress.update(bar, advance=1, note=f"loss {loss:.3f}"),
+            steps=self.settings.steps,
+            seed=self.settings.seed,
+            guard=guard,
+            on_step=lambda loss: progress.update(bar, advance=1, note=f"loss {loss:.3f}"),
         )
         self.trainings[name] = training
         folder = self.settings.out / name

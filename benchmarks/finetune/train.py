@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -85,67 +86,79 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], settings: Settings
     )
 
 
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are trained."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def cross_entropy(score: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of a batch's labels, by the class logits of `score`, in nats."""
+    return nn.functional.cross_entropy(score(batch), batch.labels)
+
+
 def train(
-    name: str,
+    optimizer: torch.optim.Optimizer,
     model: nn.Module,
-    score: Callable[[Batch], Tensor],
+    loss_of: Callable[[Batch], Tensor],
     batches: Iterator[Batch],
-    settings: Settings,
+    *,
+    steps: int,
+    seed: int,
     guard: InterruptGuard,
     on_step: Callable[[float], None],
+    around: Callable[[], AbstractContextManager[Any]] | None = None,
+    schedule: Callable[[int], float] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> Training:
-    """Trains the model's trainable parameters for `settings.steps` steps, or until Ctrl-C.
+    """Trains for `steps` steps, or until Ctrl-C.
 
     Args:
-        name: "adamw" or "ivon".
-        model: the model in which `score` computes.
-        score: class logits of a batch.
+        optimizer: of the model's trainable parameters. IVON's samples are drawn here.
+        model: set to training mode.
+        loss_of: the loss of a batch.
         batches: training batches without end.
-        settings: the hyperparameters.
+        steps: how many.
+        seed: of the dropout: the same for every optimizer.
         guard: asked before every step.
         on_step: called with every step's loss.
+        around: entered before the forward and left after the backward pass of every step; None is IVON's sample, or
+            nothing. Its time counts as the optimizer's.
+        schedule: factor on the learning rate by step; None falls linearly to zero.
+        after_step: called with the number of steps done, after each.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(name, parameters, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
-    step = _ivon_step if isinstance(optimizer, IVON) else _plain_step
+    if around is None:
+        around = partial(optimizer.sampled_params, train=True) if isinstance(optimizer, IVON) else nullcontext
+    if schedule is None:
+        schedule = partial(linear, steps=steps)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     training = Training(optimizer)
-    clock = _clock(parameters[0].device)
-
-    def loss_of(batch: Batch) -> Tensor:
-        return nn.functional.cross_entropy(score(batch), batch.labels)
-
-    torch.manual_seed(settings.seed)  # the same dropout for every optimizer
+    clock = _clock(next(model.parameters()).device)
+    torch.manual_seed(seed)
     model.train()
     started = clock()
-    while training.steps < settings.steps and not guard.requested:
-        loss, seconds = step(optimizer, functools.partial(loss_of, next(batches)), clock)
-        schedule.step()
+    while training.steps < steps and not guard.requested:
+        batch = next(batches)
+        before = clock()
+        with around():
+            ready = clock()
+            loss = loss_of(batch)
+            loss.backward()
+            backward = clock()
+        optimizer.step()
+        training.optimizer_seconds.append((ready - before) + (clock() - backward))
+        scheduler.step()
         optimizer.zero_grad()
-        training.losses.append(loss)
-        training.optimizer_seconds.append(seconds)
-        on_step(loss)
+        training.losses.append(loss.item())
+        on_step(training.losses[-1])
+        if after_step is not None:
+            after_step(training.steps)
     training.seconds = clock() - started
     return training
 
 
-def _plain_step(optimizer: Any, loss_of: Callable[[], Tensor], clock: Callable[[], float]) -> tuple[float, float]:
-    loss = loss_of()
-    loss.backward()
-    before = clock()
-    optimizer.step()
-    return loss.item(), clock() - before
-
-
-def _ivon_step(optimizer: Any, loss_of: Callable[[], Tensor], clock: Callable[[], float]) -> tuple[float, float]:
-    before = clock()
-    with optimizer.sampled_params(train=True):
-        sampled = clock()
-        loss = loss_of()
-        loss.backward()
-        backward = clock()
-    optimizer.step()
-    return loss.item(), (sampled - before) + (clock() - backward)
+def linear(step: int, steps: int) -> float:
+    """From 1 to 0 without warmup."""
+    return 1 - step / steps
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
