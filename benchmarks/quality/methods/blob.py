@@ -1,0 +1,158 @@
+"""BLoB: LoRA's A has a Gaussian posterior, trained by backpropagation; B has a single value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from benchmarks.finetune.data import EncodedExamples
+from benchmarks.finetune.train import linear
+from benchmarks.quality.job import Job
+from benchmarks.quality.method import Hyper, Method, State
+from benchmarks.quality.methods._adapter import PREDICTION, TRAINING, dropping_out, generator
+from benchmarks.quality.methods.adamw import optimizer
+
+PRIOR_SIGMA = 0.2
+"""Standard deviation of A's prior, as in the published runs."""
+
+
+class Blob(Method):
+    """A is ``N(M, diag(G^2)^2)``; AdamW follows the likelihood, and `kl_lr` sets how fast both follow the prior.
+
+    Published: `lr` 1e-4, `kl_lr` 0.01 and `spread` 0.05 for 5000 steps of batch 4 on Llama-2-7B, without dropout.
+    """
+
+    title = "BLoB"
+    source = "Wang et al., NeurIPS 2024, arXiv 2406.11675, section 3"
+    candidates = (
+        {"lr": 1e-3, "kl_lr": 0.01, "spread": 0.05},
+        {"lr": 1e-3, "kl_lr": 0.003, "spread": 0.05},
+        {"lr": 2e-3, "kl_lr": 0.01, "spread": 0.05},
+        {"lr": 1e-3, "kl_lr": 0.01, "spread": 0.2},
+    )
+
+    def train(self, job: Job, hyper: Hyper) -> State:
+        """The job's steps; both rates fall linearly to zero. The state is G of every A."""
+        noise = generator(job, TRAINING)
+        roots = {name: initial_root(layer, hyper["spread"], noise) for name, layer in layers(job).items()}
+        adamw = optimizer(job, hyper)
+        adamw.add_param_group({"params": list(roots.values())})
+        period = kl_period(job)
+
+        def after_step(steps: int) -> None:
+            done = steps - 1
+            rate = hyper["kl_lr"] * linear(done, job.steps)
+            follow_prior(job, roots, rate * kl_weight(done % period, period))
+
+        with dropping_out(job, 0.0), flipout(job, roots, noise):
+            job.finetune(adamw, after_step=after_step)
+        return {name: root.detach().clone() for name, root in roots.items()}
+
+    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        """Averaged over the job's samples; a sample has the same A for all examples."""
+        noise = generator(job, PREDICTION)
+        return job.average(examples, lambda sample: sampled(job, state, noise))
+
+
+def layers(job: Job) -> dict[str, nn.Linear]:
+    """The A of every adapted layer, by the layer's name."""
+    adapted = ((name, module) for name, module in job.model.named_modules() if isinstance(module, LoraLayer))
+    return {name: cast("nn.Linear", module.lora_A["default"]) for name, module in adapted}
+
+
+def initial_root(layer: nn.Linear, spread: float, noise: torch.Generator) -> nn.Parameter:
+    """G at the start of training: uniform from ``spread / sqrt(2)`` to `spread`, as in the paper."""
+    root = torch.empty_like(layer.weight, requires_grad=False)
+    return nn.Parameter(root.uniform_(spread / math.sqrt(2), spread, generator=noise))
+
+
+@contextmanager
+def flipout(job: Job, roots: Mapping[str, Tensor], noise: torch.Generator) -> Iterator[None]:
+    """Every forward pass inside the block draws A, with independent signs for each example (Flipout)."""
+    with ExitStack() as stack:
+        for name, layer in layers(job).items():
+            stack.enter_context(layer.register_forward_hook(_noise_hook(roots[name], noise)))
+        yield
+
+
+def _noise_hook(root: Tensor, noise: torch.Generator) -> Any:
+    def add_noise(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return output + flipout_noise(inputs[0], root.square(), noise)
+
+    return add_noise
+
+
+def flipout_noise(x: Tensor, sigma: Tensor, noise: torch.Generator) -> Tensor:
+    """``t * ((s * x) (sigma * E)^T)``: what noise on a linear layer's weight adds to its output.
+
+    The normals E are shared by all examples, the signs s and t are each example's own, the same for all of its tokens:
+    an example sees one draw of the weight, and two examples' draws are uncorrelated.
+
+    Args:
+        x: Inputs ``[examples, ..., in]``.
+        sigma: Standard deviations of the weight ``[out, in]``.
+        noise: Of the normals and the signs.
+
+    Returns:
+        ``[examples, ..., out]``.
+    """
+    rows, between = x.shape[0], (1,) * (x.dim() - 2)
+    normals = torch.randn(sigma.shape, generator=noise, device=x.device, dtype=sigma.dtype)
+    sign_in, sign_out = (_signs((rows, *between, size), noise, x) for size in reversed(sigma.shape))
+    return nn.functional.linear(x * sign_in, sigma * normals) * sign_out
+
+
+def _signs(shape: tuple[int, ...], noise: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randint(2, shape, generator=noise, device=like.device).to(like.dtype) * 2 - 1
+
+
+def kl_period(job: Job) -> int:
+    """Mini-batches of a period M of the prior's weights: an epoch, but at most half of the run.
+
+    Nearly all of a period's weight is on its last batches: a run that ends before them would know no prior.
+    """
+    return max(min(math.ceil(len(job.training_set) / job.batch_size), job.steps // 2), 1)
+
+
+def kl_weight(index: int, period: int) -> float:
+    """``2^i / (2^M - 1)`` for mini-batch ``i`` from 0 to ``M - 1`` of a period; a period's weights add up to 1."""
+    return 2.0 ** (index - period) / (1 - 2.0**-period)
+
+
+@torch.no_grad()
+def follow_prior(job: Job, roots: Mapping[str, Tensor], time: float) -> None:
+    """Moves every mean M and every G along the gradient of the KL divergence from the prior, for a time.
+
+    The divergence of A is that of the whole weight from the paper's low-rank prior. The published code takes SGD steps
+    along it, which go far too far where G is small, for the slope is ``-2 / G``. Here the same flow is solved exactly:
+    ``dM/dt = -M / p^2`` and, for ``sigma = G^2``, ``dsigma/dt = 4 (1 - sigma^2 / p^2)``, with the prior's `p`.
+    """
+    toward = math.tanh(4 * time / PRIOR_SIGMA)
+    for name, layer in layers(job).items():
+        layer.weight.mul_(math.exp(-time / PRIOR_SIGMA**2))
+        ratio = roots[name].square() / PRIOR_SIGMA
+        sigma = PRIOR_SIGMA * (ratio + toward) / (1 + ratio * toward)
+        roots[name].copy_(sigma.sqrt().copysign(roots[name]))
+
+
+@contextmanager
+def sampled(job: Job, roots: State, noise: torch.Generator) -> Iterator[None]:
+    """Every A is a draw from its posterior inside the block, and the mean again after it."""
+    means = {layer: layer.weight.detach().clone() for layer in layers(job).values()}
+    try:
+        with torch.no_grad():
+            for name, layer in layers(job).items():
+                sigma = roots[name].to(job.device).square()
+                normals = torch.randn(sigma.shape, generator=noise, device=sigma.device)
+                layer.weight.add_(sigma * normals)
+        yield
+    finally:
+        with torch.no_grad():
+            for layer, mean in means.items():
+                layer.weight.copy_(mean)

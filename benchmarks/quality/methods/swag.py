@@ -1,0 +1,93 @@
+"""SWAG-LoRA: a Gaussian around the weights that training passes through at a constant rate."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from benchmarks.finetune.data import EncodedExamples
+from benchmarks.quality.job import Job
+from benchmarks.quality.method import Hyper, Method, State
+from benchmarks.quality.methods._adapter import PREDICTION, generator, holding, weights, write
+from benchmarks.quality.methods.adamw import optimizer
+
+RANK = 5
+"""Deviations kept, as in the published configuration (`swag_max_num_models` in fortuinlab/swag-lora)."""
+
+
+class Swag(Method):
+    """AdamW to the fraction `start` of the steps, then `swa_lr` and one collected iterate a step.
+
+    The published runs collect once an epoch, after epochs at the usual rate. A laptop's run is a few epochs long.
+    """
+
+    title = "SWAG-LoRA"
+    source = "Onal et al. 2024, arXiv 2405.03425; Maddox et al., NeurIPS 2019, algorithm 1 and equation 1"
+    candidates = (
+        {"lr": 1e-3, "swa_lr": 5e-4, "start": 0.5},
+        {"lr": 1e-3, "swa_lr": 1e-3, "start": 0.75},
+        {"lr": 2e-3, "swa_lr": 1e-3, "start": 0.5},
+        {"lr": 1e-3, "swa_lr": 1e-4, "start": 0.75},
+    )
+
+    def train(self, job: Job, hyper: Hyper) -> State:
+        """The job's steps; the adapter holds the mean of the collected iterates afterwards."""
+        start = min(int(hyper["start"] * job.steps), job.steps - 1)
+        low = hyper["swa_lr"] / hyper["lr"]
+        moments = Moments()
+
+        def schedule(step: int) -> float:
+            return low if step >= start else 1 + (low - 1) * step / start
+
+        def collect(steps: int) -> None:
+            if steps > start:
+                moments.add(weights(job))
+
+        job.finetune(optimizer(job, hyper), schedule=schedule, after_step=collect)
+        write(job, moments.mean)
+        return moments.state()
+
+    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        """Averaged over the job's samples."""
+        mean, noise = weights(job), generator(job, PREDICTION)
+        state = {name: value.to(job.device) for name, value in state.items()}
+
+        def sampled(sample: int) -> AbstractContextManager[None]:
+            return holding(job, mean + deviation(state, noise))
+
+        return job.average(examples, sampled)
+
+
+class Moments:
+    """Mean and variance of iterates, and the last of their deviations from the mean so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = torch.zeros(())
+        self._scatter = torch.zeros(())
+        self._deviations: list[Tensor] = []
+
+    def add(self, iterate: Tensor) -> None:
+        """Takes in an iterate ``[weights]``; by Welford's updates, for a mean of squares would lose small variances."""
+        self.count += 1
+        before = iterate - self.mean
+        self.mean = self.mean + before / self.count
+        after = iterate - self.mean
+        self._scatter = self._scatter + before * after
+        self._deviations = [*self._deviations, after][-RANK:]
+
+    def state(self) -> State:
+        """``variance [weights]``, over the iterates' number, and ``deviations [at most RANK, weights]``."""
+        return {"variance": self._scatter / self.count, "deviations": torch.stack(self._deviations)}
+
+
+def deviation(state: State, noise: torch.Generator) -> Tensor:
+    """A sample's distance from the mean, ``[weights]``: half its covariance is diagonal, half of low rank."""
+    variance, deviations = state["variance"], state["deviations"]
+    rank = len(deviations)
+    diagonal = variance.sqrt() * torch.randn(variance.shape, generator=noise, device=variance.device)
+    low_rank = torch.randn(rank, generator=noise, device=variance.device) @ deviations
+    return (diagonal + low_rank / math.sqrt(max(rank - 1, 1))) / math.sqrt(2)

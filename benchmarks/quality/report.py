@@ -1,0 +1,209 @@
+"""The report of the quality suite: tables in the terminal, and ``report.md`` with its pictures, from a record alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from benchmarks.quality import tables
+from benchmarks.quality.summary import ALL, BASELINE, ERRORS, IN, METRICS, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = "report.md"
+_SIZES = {
+    "steps": "{} training steps",
+    "batch_size": "batches of {}",
+    "train_size": "{} training examples",
+    "validation_size": "{} validation examples",
+    "test_size": "{} test examples",
+    "shift_size": "{} of every shifted domain",
+    "samples": "{} samples where a method samples",
+}
+_SEED_LIMIT = 30  # from here on, Student's distribution is the normal one
+
+
+def print_tables(console: Console, record: dict[str, Any]) -> None:
+    """The report's main tables for a terminal of 80 columns: scores, differences to AdamW, costs, and what failed."""
+    summary = Summary(record)
+    parts = ["# Quality of predictions", *_state(summary), "", *tables.domains(summary)]
+    for view in summary.views:
+        parts += ["", f"## {view}", *_scores(summary, view, tables.TERMINAL, tables.RANKED)]
+        parts += ["", "### Costs", "", *tables.costs(summary, view, tables.TERMINAL_COSTS)]
+    console.print(Markdown("\n".join([*parts, *_problems(summary)])))
+
+
+def write_report(record: dict[str, Any], folder: Path) -> None:
+    """Write ``report.md`` and its pictures.
+
+    Args:
+        record: A ``quality.json``, schema 1; it need not be finished.
+        folder: Where to write; made if it is not there. Files of an earlier report in it are replaced.
+
+    Raises:
+        ValueError: The record has another schema.
+    """
+    summary = Summary(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = ["# Quality of predictions", *_state(summary), *_what_was_run(summary)]
+    for view in summary.views:
+        parts += ["", f"## {view}"]
+        if view == ALL:
+            parts += ["", f"The mean over {len(summary.tasks)} tasks: {', '.join(summary.tasks)}."]
+        parts += [*_scores(summary, view, list(METRICS), list(METRICS)), *_ranks_and_costs(summary, view)]
+        parts += _pictures(summary, view, folder)
+    parts += ["", "## Where IVON does not win", *_lost(summary)]
+    parts += ["", "## Hyperparameters", *_hyperparameters(summary)]
+    parts += [*_problems(summary), "", "## Environment", *_environment(summary)]
+    (folder / PAGE).write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _state(summary: Summary) -> list[str]:
+    if summary.record["finished"] and not summary.missing:
+        return []
+    return ["", f"**Not finished: {len(summary.missing)} combinations of task, method and seed have not run.**"]
+
+
+def _what_was_run(summary: Summary) -> Iterator[str]:
+    """Sizes and their consequences in words, the domains, and the methods."""
+    record, given = summary.record, summary.record["settings"]
+    known = {**given, **given.get("amounts", {})}
+    sizes = [words.format(known[key]) for key, words in _SIZES.items() if known.get(key) is not None]
+    yield from ("", "## What was run", "")
+    yield (
+        f"{len(summary.methods)} methods on {len(summary.tasks)} tasks, seeds {', '.join(map(str, summary.seeds))}, "
+        f"size '{given.get('size')}': {', '.join(sizes)}. What is not named is as the task's recipe has it. Model: "
+        f"{given.get('model') or 'SmolLM2-135M'}. Device: {record['device']}, {record['threads']} threads."
+    )
+    yield from ("", *tables.domains(summary), "")
+    yield _meaning_of_errors(len(summary.seeds))
+    yield from ("", *tables.methods(summary))
+
+
+def _meaning_of_errors(seeds: int) -> str:
+    """How often chance alone makes a difference "decided", by Student's distribution."""
+    from scipy import stats
+
+    if seeds < 2:
+        return "One seed has no standard error over seeds: no difference here is decided."
+    chance = 2 * stats.t.sf(ERRORS, seeds - 1)
+    text = (
+        f"± is one standard error over {seeds} seeds: what start, batches and noise change; what other test examples "
+        f"would change is not in it. Two methods that are equally good differ by more than {ERRORS:g} standard errors "
+        f"in {chance:.0%} of all comparisons"
+    )
+    if seeds < _SEED_LIMIT:
+        text += f" with {seeds} seeds ({2 * stats.norm.sf(ERRORS):.0%} with many)"
+    return f"{text}; there are many comparisons here, so some marks are chance."
+
+
+def _scores(summary: Summary, task: str, wanted: Sequence[str], compared: Sequence[str]) -> Iterator[str]:
+    """Scores of a view in the wanted metrics and differences to AdamW in the compared ones, where there are any."""
+    if not summary.groups(task):
+        yield from ("", "No method has scores.")
+        return
+    for group in summary.groups(task):
+        keys = [key for key in wanted if key in summary.metrics(task, group)]
+        yield from ("", f"### Scores {group}", "", *tables.scores(summary, task, group, keys))
+        if any(summary.score(task, group, BASELINE, key) for key in keys):
+            yield from ("", f"### Difference to AdamW {group}, paired by seed", "")
+            yield from tables.differences(summary, task, group, [key for key in compared if key in keys])
+    yield from ("", f"{tables.legend(summary, task)} {tables.marks()}")
+
+
+def _ranks_and_costs(summary: Summary, task: str) -> Iterator[str]:
+    """The ranks, once, and the costs of a view."""
+    if task == summary.views[0]:
+        count = f"mean over {len(summary.tasks)} tasks, " if len(summary.tasks) > 1 else ""
+        yield from ("", f"### Ranks ({count}1 is best)", "", *tables.ranks(summary))
+    yield from ("", "### Costs", "", *tables.costs(summary, task))
+    yield ""
+    yield "Training is the base's where a method takes a base's training. Passes of the model are those of one example."
+
+
+def _pictures(summary: Summary, task: str, folder: Path) -> Iterator[str]:
+    """Draws the pictures of a view, and yields the lines that show them."""
+    from benchmarks.quality import pictures
+
+    suffix = "" if task == summary.views[0] else f"_{task}"
+    groups = summary.groups(task)
+    if not groups:
+        return
+
+    def show(figure: Figure, name: str, caption: str) -> Iterator[str]:
+        figure.savefig(folder / f"{name}{suffix}.png", dpi=pictures.DPI)
+        yield from ("", f"![{name.replace('_', ' ')}, {task}]({name}{suffix}.png)", "", caption)
+
+    for group in groups:
+        name = "pareto" if group == IN else "pareto_shift"
+        caption = (
+            f"ECE and NLL {group} against what they cost; bars are one standard error over seeds. On the dashed line "
+            "lies what nothing else beats in both."
+        )
+        yield from show(pictures.pareto(summary, task, group), name, caption)
+    if IN in groups:
+        yield from show(pictures.scores(summary, task), "scores", "One standard error over seeds as bars.")
+        caption = (
+            "Accuracy against confidence, over all seeds together; the area of a dot is the share of the examples in "
+            "its bin. Below the diagonal is overconfidence. The ECE is the mean over the seeds."
+        )
+        yield from show(pictures.reliability(summary, task), "reliability", caption)
+
+
+def _lost(summary: Summary) -> Iterator[str]:
+    """What is better than IVON, and the whole of the comparisons."""
+    if not summary.ours:
+        yield from ("", "No method of IVON's was run.")
+        return
+    found = summary.lost()
+    total = sum(len(summary.metrics(task, group)) for task in summary.tasks for group in summary.groups(task))
+    decided = sum(any(gap is not None and gap.decided for gap in each.ahead.values()) for each in found)
+    yield ""
+    yield (
+        f"Of {total} combinations of task, domains and metric, another method has a better mean than every method of "
+        f"IVON's in {len(found)}, and in {decided} of these one is better by more than {ERRORS:g} standard errors "
+        f"({tables.WORSE}). Taking the best of IVON's methods after the fact favours IVON; the second table does not "
+        "do that."
+    )
+    if found:
+        yield from ("", *tables.lost(summary))
+    yield ""
+    yield (
+        "Each of IVON's methods (columns) against each other method (rows), over the same combinations: better by more "
+        f"than {ERRORS:g} standard errors / undecided / worse by more than that."
+    )
+    yield from ("", *tables.tallies(summary))
+
+
+def _hyperparameters(summary: Summary) -> Iterator[str]:
+    """What was tried on the validation split, and what was chosen."""
+    yield from ("", "Scores on the validation split; the chosen candidate is bold.")
+    for task in summary.tasks:
+        yield from ("", f"### {task}", "", *tables.tried(summary, task))
+        chosen = tables.dials(summary, task)
+        if chosen:
+            yield from ("", *chosen)
+
+
+def _problems(summary: Summary) -> Iterator[str]:
+    if summary.failed:
+        yield from ("", "## What failed", "", *tables.problems(summary, summary.failed))
+    if summary.missing:
+        yield from ("", "## What has not run", "", *tables.problems(summary, summary.missing))
+
+
+def _environment(summary: Summary) -> Iterator[str]:
+    """What it ran on, and all settings."""
+    known = {name: value for name, value in summary.record["environment"].items() if name != "versions"}
+    versions = summary.record["environment"].get("versions", {})
+    yield ""
+    for name, value in known.items():
+        yield f"- {name}: {value}"
+    yield f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}"
+    yield from ("", "```json", json.dumps(summary.record["settings"], indent=2), "```")

@@ -1,0 +1,140 @@
+"""How much a study trains and judges, and what its record says of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import UserError
+from benchmarks.finetune.tasks import TASKS, Task, find_task
+
+BUDGET = 4
+"""Training runs on the validation split by which each method's hyperparameters are chosen, the same for all."""
+DIAL_BUDGET = 4
+"""Values that a dial without training may try, the same for all."""
+SEARCH_SEED = 1000
+"""Of the runs that choose hyperparameters; no seed of the study's own runs."""
+BUNDLED = tuple(name for name, task in TASKS.items() if not task.hub)
+MAIN = "vader_nyt"
+"""The domain of rated sentences that the default study trains on."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much a study does for every task; None takes what the task's own recipe says."""
+
+    steps: int | None
+    train_size: int | None
+    validation_size: int | None
+    test_size: int | None
+    shift_size: int | None
+    """Examples of every domain that was not trained on."""
+    samples: int
+    """Samples that a prediction averages."""
+    search_samples: int
+    """The same, where hyperparameters and dials are chosen."""
+    seeds: int
+    max_words: int | None = None
+    batch_size: int | None = None
+
+
+SIZES = {
+    "quick": Size(10, 80, 24, 40, 8, samples=4, search_samples=2, seeds=1, max_words=10),
+    "laptop": Size(None, 200, 150, 200, 60, samples=10, search_samples=4, seeds=3),
+    "full": Size(300, 1500, 500, 1000, 500, samples=10, search_samples=10, seeds=5, max_words=60, batch_size=16),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a study needs to know."""
+
+    size: str
+    amounts: Size
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    """Empty for all."""
+    seeds: tuple[int, ...]
+    search: bool
+    """Whether hyperparameters are chosen anew; otherwise they come from `hyperparameters`."""
+    hyperparameters: Path | None
+    model: str | None
+    load_in_8bit: bool
+    device: str
+    threads: int | None
+    out: Path
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON can hold them."""
+        paths = {"out": str(self.out), "hyperparameters": None if self.hyperparameters is None else "file"}
+        return {**asdict(self), **paths, "amounts": self._amounts()}
+
+    def _amounts(self) -> dict[str, Any]:
+        """The amounts, with what the recipes say where all tasks agree."""
+        recipes = [asdict(sized(find_task(name), self.amounts).recipe) for name in self.tasks]
+        common = {key: value for key, value in recipes[0].items() if all(recipe[key] == value for recipe in recipes)}
+        return {key: common.get(key) if value is None else value for key, value in asdict(self.amounts).items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What has to be equal for finished cells to count: tasks, methods and seeds may be added."""
+        amounts = {key: value for key, value in asdict(self.amounts).items() if key != "seeds"}
+        return {"amounts": amounts, "model": self.model, "load_in_8bit": self.load_in_8bit, "search": self.search}
+
+
+def resolve(
+    *,
+    size: str,
+    tasks: str,
+    methods: str,
+    seeds: int | None,
+    search: bool | None,
+    hyperparameters: Path | None,
+    model: str | None,
+    load_in_8bit: bool,
+    device: str,
+    threads: int | None,
+    out: Path | None,
+) -> Settings:
+    """The user's options, checked.
+
+    Raises:
+        UserError: An unknown name, or a number out of range.
+    """
+    if size not in SIZES:
+        raise UserError(f"Unknown size '{size}'; choose one of {', '.join(SIZES)}.")
+    names = BUNDLED if tasks == "all" else tuple(name.strip() for name in tasks.split(",") if name.strip())
+    for name in names:
+        find_task(name)
+    if not names:
+        raise UserError("--tasks names no task.")
+    amounts = SIZES[size]
+    count = amounts.seeds if seeds is None else seeds
+    if not 1 <= count < SEARCH_SEED:
+        raise UserError(f"--seeds must be between 1 and {SEARCH_SEED - 1}, not {count}.")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads must be at least 1, not {threads}.")
+    searching = (size != "quick" and hyperparameters is None) if search is None else search
+    if searching and hyperparameters is not None:
+        raise UserError("--search chooses what --hyperparameters would give: use one of the two.")
+    return Settings(
+        size=size,
+        amounts=replace(amounts, seeds=count),
+        tasks=names,
+        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        seeds=tuple(range(count)),
+        search=searching,
+        hyperparameters=None if searching else hyperparameters,
+        model=model,
+        load_in_8bit=load_in_8bit,
+        device=device,
+        threads=threads,
+        out=Path("results") / f"quality-{size}" if out is None else out,
+    )
+
+
+def sized(task: Task, amounts: Size) -> Task:
+    """The task with a recipe of this size."""
+    names = ("steps", "batch_size", "train_size", "test_size", "max_words", "samples")
+    changes = {name: value for name in names if (value := getattr(amounts, name)) is not None}
+    return replace(task, recipe=replace(task.recipe, **changes))
