@@ -2,9 +2,9 @@
 
 import typer
 
+from benchmarks.compare.cli import compare
 from benchmarks.evaluate.cli import evaluate
 from benchmarks.finetune.cli import finetune
-from benchmarks.gpu.cli import gpu
 from benchmarks.quality.cli import quality, recipe
 from benchmarks.sharding.cli import sharding
 from benchmarks.speed.cli import speed
@@ -17,9 +17,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(compare)
 app.command()(evaluate)
 app.command()(finetune)
-app.command()(gpu)
 app.command()(quality)
 app.command()(recipe)
 app.command()(sharding)

@@ -3,13 +3,13 @@
 #
 #   benchmarks/gpu_check.sh OUT_DIR             on a machine with a GPU, a CUDA compiler and torch
 #   benchmarks/gpu_check.sh --dry-run OUT_DIR   the same lines with tiny sizes on the CPU; builds and installs nothing
-#   benchmarks/gpu_check.sh OUT_DIR PART...     some parts: peers build tests exercise memcheck racecheck kernels model host
+#   benchmarks/gpu_check.sh OUT_DIR PART...     some parts: peers build tests exercise memcheck racecheck steps model host
 #
 # PYTHON   the interpreter (python3)
 # WHEELS   a folder of wheels of peers (ivon-opt, torch-optimi, peft) to use; nothing is downloaded
 #
-# OUT_DIR gets check.log, kernels.json, kernels.png, model.json, host.json and targets.json. A part that fails is reported
-# and the others still run. Exit code: 0, or 1 if a part failed; parts that could not run say why.
+# OUT_DIR gets check.log, speed.json, report.md and its pictures. A part that fails is reported and the others still run.
+# Exit code: 0, or 1 if a part failed; parts that could not run say why.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,15 +33,15 @@ trap 'rm -rf "$work"' EXIT
 export PYTHONUNBUFFERED=1 PYTHONPATH=${PYTHONPATH:-}
 readonly SKIPPED=77
 if [[ -n $dry ]]; then
-  export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+  export TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
   backend=cpu
   tests=(tests/test_noise.py)
-  size=(--dry-run --rounds 1 --turn-ms 1)
+  size=(--dry-run --threads 1 --rounds 1 --turn-ms 1 --max-elements 200)
 else
   export TRITON_INTERPRET=0  # tests/conftest.py would switch the interpreter on
   backend=cuda
   mapfile -t tests < <(grep -l 'mark\.gpu' tests/test_*.py) # others may import what is not there
-  size=(--rounds 3 --turn-ms 150)
+  size=(--device cuda --no-compile --rounds 3 --turn-ms 150)
 fi
 
 failed=0
@@ -66,9 +66,9 @@ part() {
   echo "== $name: $verdict"
 }
 
-# limited SECONDS COMMAND...: also ends with the time of the whole script.
+# limited SECONDS COMMAND...: also ends with the time of the whole script. A dry run may be on a busy machine.
 limited() {
-  local seconds=$1 left=$((DEADLINE - SECONDS))
+  local seconds=$((${dry:+4 *} $1)) left=$((DEADLINE - SECONDS))
   shift
   if ((left < 2)); then
     echo "no time is left"
@@ -117,30 +117,30 @@ sanitize() {
   fi
   # Without torch's caching allocator every tensor is an allocation of its own, whose bounds the tool knows.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 40 compute-sanitizer --tool "$1" --error-exitcode 86 \
-    "$python" -m benchmarks.gpu.exercise $backend
+    "$python" -m benchmarks.speed.exercise $backend
 }
 
 # benchmark PARTS SECONDS LIMIT
 benchmark() {
-  limited "$3" "$python" -m benchmarks gpu --parts "$1" --seconds "$2" "${size[@]}" --out "$out"
+  limited "$3" "$python" -m benchmarks speed --parts "$1" --seconds "$2" "${size[@]}" --no-report --out "$out"
 }
 
 main() {
-  [[ $only == *[^\ ]* ]] || rm -f "$out"/{kernels,model,host,targets}.json "$out/kernels.png"
+  [[ $only == *[^\ ]* ]] || rm -f "$out"/{speed.json,report.md,speed.png,roofline.png,elements.png}
   part peers peers
   export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH}
   part build build
   part tests gpu_tests
-  part exercise limited 30 "$python" -m benchmarks.gpu.exercise $backend
+  part exercise limited 30 "$python" -m benchmarks.speed.exercise $backend
   part memcheck sanitize memcheck
   part racecheck sanitize racecheck
-  part kernels benchmark kernels 110 150
+  part steps benchmark steps 110 150
   part model benchmark model 30 65
   part host benchmark host 20 25
   echo "== summary"
   printf '%s\n' "${summary[@]}"
-  if compgen -G "$out/*.json" >/dev/null; then
-    "$python" -m benchmarks gpu --parts "" ${dry:+--dry-run} --out "$out"
+  if [[ -e $out/speed.json ]]; then
+    "$python" -m benchmarks speed --parts "" "${size[@]}" --out "$out"
   fi
   return $failed
 }

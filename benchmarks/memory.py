@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
-import sys
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
 _MEGABYTE = 2**20
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory, as Linux tells: ``"VmRSS"`` now, ``"VmHWM"`` at most.
+
+    Raises:
+        OSError: On another system.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def forget_peak() -> None:
+    """The most that was resident starts anew from here.
+
+    Raises:
+        OSError: Where the system cannot.
+    """
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def return_freed_memory() -> None:
+    """Give the system what glibc keeps of freed memory, so that it does not hide what comes next."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class PeakMemory:
@@ -23,43 +50,25 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._cuda = device if device.type == "cuda" else None
+        self._before: int | None = None
         self.megabytes: float | None = None
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before: int | None = torch.cuda.memory_allocated(self._device)
-        else:
-            self._before = _reset_resident_peak()
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+            self._before = torch.cuda.memory_allocated(self._cuda)
+            return self
+        return_freed_memory()
+        with contextlib.suppress(OSError):
+            forget_peak()
+            self._before = resident("VmRSS")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._before is None:
-            return
-        peak = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _status("VmHWM")
-        self.megabytes = max(0.0, (peak - self._before) / _MEGABYTE)
-
-
-def _reset_resident_peak() -> int | None:
-    """Have the peak begin anew; the resident bytes now, or None where that cannot be."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # what was freed before and kept would hide the same amount of growth
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return None
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
+        if self._before is not None:
+            peak = resident("VmHWM") if self._cuda is None else torch.cuda.max_memory_allocated(self._cuda)
+            self.megabytes = max(0.0, (peak - self._before) / _MEGABYTE)

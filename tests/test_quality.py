@@ -31,7 +31,7 @@ from benchmarks.quality.methods.ivon import IvonMean
 from benchmarks.quality.methods.ivon_frozen import IvonFrozen
 from benchmarks.quality.methods.ivon_samples import IvonSamples
 from benchmarks.quality.methods.ivon_tempered import IvonTempered
-from benchmarks.quality.recipe import candidates
+from benchmarks.quality.recipe import BETA2, NEAR, around, candidates
 from benchmarks.quality.units import Unit
 
 # PEFT asks transformers by a name that transformers is about to change.
@@ -308,12 +308,30 @@ def test_candidates_of_the_recipe_fill_the_space_and_grow_by_more() -> None:
     assert {hyper["beta2"] for hyper in few} == {0.99999, 0.999, 0.99, 0.9}
 
 
+def test_refinement_stays_near_the_best() -> None:
+    center = candidates(3)[2]
+    for hyper in around([center], 32):
+        sigma = [(h["ess"] * h["hess_init"]) ** -0.5 for h in (hyper, center)]
+        pairs = ((hyper["lr"], center["lr"]), sigma, (hyper["hess_init"], center["hess_init"]))
+        for (one, other), factor in zip(pairs, NEAR, strict=True):
+            assert abs(math.log(one / other)) <= math.log(factor) + 0.06  # rounded to two digits
+        assert abs(BETA2.index(hyper["beta2"]) - BETA2.index(center["beta2"])) <= 1
+
+
 def test_the_recipe_tries_confirms_and_freezes(tiny_model: Path, tmp_path: Path) -> None:
-    arguments = ["--size=quick", "--trials=2", "--best=1", "--seeds=2", f"--model={tiny_model}", f"--out={tmp_path}"]
+    arguments = [
+        "--size=quick",
+        "--trials=2",
+        "--refine=1",
+        "--best=1",
+        "--seeds=2",
+        f"--model={tiny_model}",
+        f"--out={tmp_path}",
+    ]
     result = invoke("recipe", *arguments, "--device=cpu")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "recipe.json").read_text())
-    assert len(found["tried"]) == 2 + len(IvonMean.candidates)
+    assert len(found["tried"]) == 1 + 2 + 1
     best = min(found["tried"], key=lambda run: run["samples"]["2"]["nll"])["hyper"]
     learned = [run for run in found["confirmed"] if run["hyper"]["beta2"] == best["beta2"]]
     held = [run for run in found["confirmed"] if run not in learned]

@@ -283,7 +283,5 @@ def test_the_last_layer_is_the_last_block_or_the_output_layer(job: Job) -> None:
 
 def test_says_what_to_install(job: Job, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "laplace", None)
-    with pytest.raises(
-        RuntimeError, match=r"\(import of laplace halted.*run: pip install --no-deps"
-    ):
+    with pytest.raises(RuntimeError, match=r"\(import of laplace halted.*run: pip install --no-deps"):
         method.fit(job, {}, {})

@@ -85,6 +85,7 @@ def _run(settings: Settings) -> bool:
 def recipe(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = MAIN,
     trials: Annotated[int, typer.Option(help="Settings to try, one training run each.")] = 32,
+    refine: Annotated[int, typer.Option(help="Settings to try around the best of these.")] = 12,
     best: Annotated[int, typer.Option(help="Of these, how many to run again with other seeds.")] = 4,
     seeds: Annotated[int | None, typer.Option(help="How many other seeds; default by size.")] = None,
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "laptop",
@@ -101,8 +102,8 @@ def recipe(
     Ctrl-C keeps every finished run; the same command goes on from there.
     """
     try:
-        if min(trials, best) < 1:
-            raise UserError("--trials and --best must be at least 1.")
+        if min(trials, best) < 1 or refine < 0:
+            raise UserError("--trials and --best must be at least 1, and --refine at least 0.")
         settings = resolve(
             size=size,
             tasks=task,
@@ -120,7 +121,7 @@ def recipe(
 
         from benchmarks.quality.recipe_run import run
 
-        finished = run(settings, trials, best, Console())
+        finished = run(settings, trials, refine, best, Console())
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None

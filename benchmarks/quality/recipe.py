@@ -7,8 +7,9 @@ The settings are those that decide what IVON does, rather than its arguments, wh
 - the initial Hessian, which decides with `clip_radius` which gradients are clipped;
 - beta2, how fast the Hessian learns.
 
-Candidates fill this space evenly (a Sobol sequence). The best ones by the likelihood of averaged predictions on the
-validation split are then run with other seeds, each with its Hessian frozen too.
+Candidates fill this space evenly (a Sobol sequence); more of them then lie around the best ones, by the likelihood of
+averaged predictions on the validation split. The best of all are run with other seeds, each with its Hessian frozen
+too.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from benchmarks.quality.settings import SEARCH_SEED
 from benchmarks.quality.units import Unit
 
 CLIP = 1e-3
-DEFAULTS = {"beta2": 0.99999, "clip_radius": CLIP}
 STEPS = (1e-4, 3e-3)
 SIGMAS = (0.004, 0.08)
 HESSIANS = (1e-4, 1.0)
+NEAR = (2.0, 3.0, 4.0)
+"""Factors on step, sigma and Hessian, up and down, around a setting that was good."""
 BETA2 = (0.99999, 0.999, 0.99, 0.9)
 SAMPLES = (1, 2, 4, 8, 16)
 TEMPERATURES = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -43,23 +45,37 @@ TRIED, CONFIRMED = "tried", "confirmed"
 def candidates(count: int) -> list[Hyper]:
     """The first points of a sequence that fills the space evenly; more of them keep those before."""
     points = torch.quasirandom.SobolEngine(4, scramble=True, seed=0).draw(count).tolist()
-    return [_hyper(*point) for point in points]
+    return [_from_shares(*point) for point in points]
 
 
-def _hyper(step: float, sigma: float, hess: float, beta2: float) -> Hyper:
-    """Settings from a point of the unit cube; rounded to two digits, as people write them."""
+def around(centers: Sequence[Hyper], count: int) -> list[Hyper]:
+    """Points in boxes around the centers: step, sigma and Hessian within `NEAR`, beta2 at most one value off."""
+    points = torch.quasirandom.SobolEngine(4, scramble=True, seed=1).draw(count).tolist()
+    found = []
+    for number, (*shares, rank) in enumerate(points):
+        center = centers[number % len(centers)]
+        step, sigma, hess = (factor ** (2 * share - 1) for share, factor in zip(shares, NEAR, strict=True))
+        near = BETA2.index(center["beta2"]) + math.floor(3 * rank) - 1
+        beta2 = BETA2[min(max(near, 0), len(BETA2) - 1)]
+        deviation = sigma / math.sqrt(center["ess"] * center["hess_init"])
+        found.append(_hyper(step * center["lr"] * CLIP, deviation, hess * center["hess_init"], beta2))
+    return found
+
+
+def _from_shares(step: float, sigma: float, hess: float, beta2: float) -> Hyper:
+    """Settings from a point of the unit cube."""
     size, deviation, hess_init = (
         math.exp(math.log(low) + share * math.log(high / low))
         for share, (low, high) in ((step, STEPS), (sigma, SIGMAS), (hess, HESSIANS))
     )
+    return _hyper(size, deviation, hess_init, BETA2[int(beta2 * len(BETA2))])
+
+
+def _hyper(step: float, sigma: float, hess_init: float, beta2: float) -> Hyper:
+    """IVON's arguments, rounded to two digits, as people write them."""
     hess_init = _rounded(hess_init)
-    return {
-        "lr": _rounded(size / CLIP),
-        "ess": _rounded(1.0 / (deviation**2 * hess_init)),
-        "hess_init": hess_init,
-        "beta2": BETA2[int(beta2 * len(BETA2))],
-        "clip_radius": CLIP,
-    }
+    ess = _rounded(1.0 / (sigma**2 * hess_init))
+    return {"lr": _rounded(step / CLIP), "ess": ess, "hess_init": hess_init, "beta2": beta2, "clip_radius": CLIP}
 
 
 def _rounded(value: float) -> float:
@@ -74,22 +90,23 @@ def frozen(hyper: Hyper) -> Hyper:
 class Recipe:
     """The search on one task."""
 
-    def __init__(self, task: str, cells: Cells, bench: Bench, trials: Sequence[Hyper], seeds: int) -> None:
+    def __init__(self, task: str, cells: Cells, bench: Bench, seeds: int) -> None:
         """Plans it.
 
         Args:
             task: Its name.
             cells: Where finished trials are.
             bench: Of the task.
-            trials: What is tried with one seed.
             seeds: How many other seeds the best ones are run with.
         """
-        self.task, self.cells, self.trials = task, cells, list(trials)
+        self.task, self.cells = task, cells
+        self.trials: list[Hyper] = []
         self._bench, self._seeds = bench, seeds
 
-    def tries(self) -> list[Unit]:
-        """The trials, one seed each."""
-        return [self._unit(TRIED, hyper, SEARCH_SEED, self._bench.amounts.search_samples) for hyper in self.trials]
+    def tries(self, trials: Sequence[Hyper]) -> list[Unit]:
+        """More trials, one seed each."""
+        self.trials += [hyper for hyper in trials if hyper not in self.trials]
+        return [self._unit(TRIED, hyper, SEARCH_SEED, self._bench.amounts.search_samples) for hyper in trials]
 
     def confirmations(self, chosen: Sequence[Hyper]) -> list[Unit]:
         """Settings that were chosen, with other seeds and more samples."""
@@ -142,7 +159,7 @@ class Recipe:
             for seed in seeds:
                 content = self.cells.read(kind, self.task, key_of(hyper), str(seed))
                 if content is not None and content["error"] is None:
-                    yield {**content, "hyper": {**DEFAULTS, **content["hyper"]}}
+                    yield content
 
     def best(self, count: int) -> list[Hyper]:
         """The settings with the best likelihood of averaged predictions, of those tried."""

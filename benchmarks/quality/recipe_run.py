@@ -11,22 +11,26 @@ from rich.console import Console
 from benchmarks.environment import environment
 from benchmarks.finetune.report import PACKAGES
 from benchmarks.finetune.run import find_device, make_folder
+from benchmarks.finetune.tasks import find_task
 from benchmarks.quality import recipe_report
 from benchmarks.quality.cells import Cells, write_json
-from benchmarks.quality.methods.ivon import IvonMean
-from benchmarks.quality.recipe import CONFIRMED, TRIED, Recipe, candidates, frozen
+from benchmarks.quality.method import Hyper
+from benchmarks.quality.recipe import CONFIRMED, TRIED, Recipe, around, candidates, frozen
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.workshop import Workshop
 
 RECORD = "recipe.json"
+CENTERS = 3
+"""Settings around which more are tried."""
 
 
-def run(settings: Settings, trials: int, best: int, console: Console) -> bool:
+def run(settings: Settings, trials: int, refine: int, best: int, console: Console) -> bool:
     """Tries, confirms and reports; False when Ctrl-C cut it short.
 
     Args:
         settings: Sizes, model, device and folder; the first task is searched on.
-        trials: How many settings are tried.
+        trials: How many settings are tried all over the space.
+        refine: How many are tried around the best of these.
         best: How many of them are confirmed.
         console: For progress and tables.
 
@@ -40,24 +44,37 @@ def run(settings: Settings, trials: int, best: int, console: Console) -> bool:
     cells = Cells(settings.out, settings.identity())
     task = settings.tasks[0]
     with Workshop(settings, cells, device, console) as workshop:
-        tried = [*IvonMean.candidates, *candidates(trials)]
-        recipe = Recipe(task, cells, workshop.bench(task), tried, len(settings.seeds))
-        finished = workshop.do(recipe.tries())
+        recipe = Recipe(task, cells, workshop.bench(task), len(settings.seeds))
+        finished = workshop.do(recipe.tries([of_main_job(task), *candidates(trials)]))
+        if finished and refine:
+            finished = workshop.do(recipe.tries(around(recipe.best(CENTERS), refine)))
         chosen = recipe.best(best)
         chosen += [frozen(hyper) for hyper in chosen]
         finished = finished and workshop.do(recipe.confirmations(chosen))
     record = {
         "schema": 1,
         "finished": finished,
-        "settings": {**settings.record(), "trials": trials, "best": best},
+        "settings": {**settings.record(), "trials": trials, "refine": refine, "best": best},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
-        "tried": list(recipe.found(TRIED, tried)),
+        "tried": list(recipe.found(TRIED, recipe.trials)),
         "confirmed": list(recipe.found(CONFIRMED, chosen)),
         "environment": environment(PACKAGES),
     }
     _write(record, settings.out, console)
     return finished
+
+
+def of_main_job(task: str) -> Hyper:
+    """What ``python -m benchmarks finetune`` uses on the task."""
+    recipe = find_task(task).recipe
+    return {
+        "lr": recipe.ivon_lr,
+        "ess": recipe.ess,
+        "hess_init": recipe.hess_init,
+        "beta2": recipe.beta2,
+        "clip_radius": recipe.clip_radius,
+    }
 
 
 def _write(record: dict[str, Any], out: Path, console: Console) -> None:

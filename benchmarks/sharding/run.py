@@ -20,7 +20,8 @@ from rich.table import Table
 from benchmarks import UserError
 from benchmarks.environment import environment
 from benchmarks.sharding.ranks import IVON, OPTIMIZERS, World
-from benchmarks.speed.report import BASELINE_COLOR, OUR_COLOR, write_json
+from benchmarks.speed.plots import BASELINE_COLOR, OUR_COLOR
+from benchmarks.speed.record import write_json
 from benchmarks.speed.workloads import Workload, lora
 from ivon_kernels import available_backends
 

@@ -1,4 +1,4 @@
-"""The command ``python -m benchmarks speed``."""
+"""The command ``python -m benchmarks speed``. Heavy imports wait until it runs, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -9,22 +9,51 @@ import typer
 
 
 def speed(
+    device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = "",
+    parts: Annotated[str, typer.Option(help="Some of steps,host,model.")] = "steps,host,model",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Turns of each contender per workload.")] = 12,
-    max_elements: Annotated[
-        int, typer.Option(help="Largest tensor of the scaling run (24 bytes per element).")
-    ] = 400_000_000,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds, scaling up to 40M elements.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the record and the plot.")] = Path("results/speed"),
+    rounds: Annotated[int, typer.Option(help="Turns of each contender, as far as the time allows.")] = 10,
+    turn_ms: Annotated[float, typer.Option(help="About how long a turn measures.")] = 50.0,
+    seconds: Annotated[float, typer.Option(help="For each part, shared by its workloads.")] = 600.0,
+    max_elements: Annotated[int, typer.Option(help="No workload with more.")] = 1_000_000_000,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer rounds and workloads, and nothing that compiles for long.")
+    ] = False,
+    compiling: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Peers that torch.compile compiles for long.")
+    ] = True,
+    report: Annotated[bool, typer.Option(help="Draw the pictures and write the report.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tiny sizes on the CPU; the figures mean nothing.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for record, pictures and report.")] = Path("results/speed"),
 ) -> None:
-    """Time one optimizer step of IVON on the CPU side by side with AdamW and ivon-opt, after a correctness check."""
+    """Time one optimizer step of IVON side by side with AdamW, ivon-opt and others, after a correctness check.
+
+    Exit code 1: a backend of ours is wrong or failed.
+    """
     from benchmarks import UserError
-    from benchmarks.speed.run import run
+    from benchmarks.speed.run import Options, run
 
     try:
-        if min(threads, rounds, max_elements) < 1:
-            raise UserError("--threads, --rounds and --max-elements must be at least 1")
-        run(threads=threads, rounds=3 if quick else rounds, max_elements=40_000_000 if quick else max_elements, out=out)
+        if min(threads, rounds, turn_ms, seconds, max_elements) <= 0:
+            raise UserError("--threads, --rounds, --turn-ms, --seconds and --max-elements must be positive")
+        options = Options(
+            parts=tuple(part.strip() for part in parts.split(",") if part.strip()),
+            device=device,
+            threads=threads,
+            rounds=min(rounds, 4) if quick else rounds,
+            turn_ms=min(turn_ms, 20.0) if quick else turn_ms,
+            seconds=min(seconds, 90.0) if quick else seconds,
+            max_elements=max_elements,
+            quick=quick,
+            compiling=compiling and not quick and not dry_run,
+            dry_run=dry_run,
+            report=report,
+        )
+        sound = run(options, out)
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
+    if not sound:
+        raise typer.Exit(1)

@@ -1,152 +1,213 @@
-"""Timing side by side, memory, and scaling."""
+"""Timing side by side: every contender in turn, round after round, so that a drift of the machine meets all of them."""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.speed.contenders import IVON_ARGS, Contender, Step
-from benchmarks.speed.workloads import Workload, flat
-from ivon_kernels import IVON
+from benchmarks.speed.clock import CpuClock
+from benchmarks.speed.contenders import BASELINE, STEP, Contender
+from benchmarks.speed.record import Measurement
+from benchmarks.speed.timing import Rounds, quantiles, ratios
+from benchmarks.speed.verify import Verifier, reason
+from benchmarks.speed.workloads import DTYPES, Workload
 
-BLOCK = (
-    5  # consecutive steps of a contender in a round; the first one, with the caches of the one before, is not counted
-)
+PART = "steps"
+_MOST_CALLS = 100  # of a contender in a turn
+
+
+class Budget:
+    """The time that a part may take; what has begun is finished."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def left(self) -> bool:
+        """Whether more may begin."""
+        return time.monotonic() < self._end
+
+    def share(self, parts: int) -> Budget:
+        """An equal share of what is left, for one of `parts`."""
+        return Budget(max(self._end - time.monotonic(), 0.0) / parts)
+
+
+@dataclass
+class _Row:
+    """A contender's times by quantity, one list for each round."""
+
+    contender: Contender
+    error: str | None = None  # why it was not measured
+    failed: bool = False  # though it could run here
+    times: dict[str, list[list[float]]] = field(default_factory=dict)
+    peaks: list[int | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Quantiles of one contender's step in milliseconds, and its ratio to the baseline round by round."""
+class Comparison:
+    """What was measured on one workload, and what of ours was not right or failed."""
 
-    name: str
-    p20: float
-    p50: float
-    p80: float
-    ratio: float | None  # median over the rounds of (own median / baseline's median)
-    error: str | None = None  # why it did not run
+    measurements: list[Measurement]
+    copy_gbps: float
+    wrong: dict[str, str]
 
 
-def _quantiles(values: Sequence[float]) -> tuple[float, float, float]:
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return deciles[1], statistics.median(values), deciles[7]
-
-
-def _prepare(contender: Contender, workload: Workload) -> tuple[Step | None, str]:
-    """The contender's step, tried once, or why it fails: a row of the table, not the end of the suite."""
-    try:
-        step = contender.prepare(workload)
-        step()
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
-    return step, ""
-
-
-def compare(workload: Workload, contenders: Sequence[Contender], rounds: int, tick: Callable[[], None]) -> list[Timing]:
-    """Times the contenders in turn, round after round, so that a drift of the machine meets all of them.
+class Comparer:
+    """Compares the contenders of a device on one workload after the other.
 
     Args:
-        workload: The tensors; every contender has its own copy.
-        contenders: The first one is the baseline of the ratios.
-        rounds: How often each takes its turn of :data:`BLOCK` steps.
-        tick: Called after every turn.
+        clock: The device.
+        contenders: One of them is the baseline of the ratios.
+        rounds: Turns of each contender, if the time allows; at least one.
+        turn_ms: About how long a turn measures.
+        skip: Why a contender shall not run on a workload, or None.
+        tick: Called after every turn, and at the end for those that did not come about.
     """
-    steps: dict[str, Step] = {}
-    errors: dict[str, str] = {}
-    for contender in contenders:
-        prepared, error = _prepare(contender, workload)
-        if prepared is None:
-            errors[contender.name] = error
+
+    def __init__(
+        self,
+        clock: CpuClock,
+        contenders: Sequence[Contender],
+        *,
+        rounds: int,
+        turn_ms: float,
+        skip: Callable[[Contender, Workload], str | None] = lambda contender, workload: None,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._clock, self._contenders, self._skip, self._tick = clock, contenders, skip, tick
+        self._rounds, self._turn_ms = rounds, turn_ms
+
+    def __call__(self, workload: Workload, dtype_name: str, budget: Budget) -> Comparison:
+        """Verifies and measures."""
+        try:
+            return self._compare(workload, dtype_name, budget)
+        finally:
+            gc.unfreeze()  # what _clean froze
+
+    def _compare(self, workload: Workload, dtype_name: str, budget: Budget) -> Comparison:
+        dtype = DTYPES[dtype_name]
+        verifier = Verifier(workload, dtype, self._clock.device, self._clock.reference_elements)
+        rows = []
+        for contender in self._contenders:
+            row = _Row(contender, self._unable(contender, workload))
+            if row.error is None:
+                row.error = verifier.check(contender)
+                row.failed = row.error is not None
+                self._clean()
+            rows.append(row)
+        del verifier
+        self._clean()
+        copied = self._clock.copy_gbps()
+        self._measure(rows, workload, dtype, budget)
+        wrong = {_name(row.contender): row.error or "" for row in rows if row.contender.ours and row.failed}
+        measurements = [m for row in rows for m in self._measurements(row, rows, workload, dtype_name, copied)]
+        return Comparison(measurements, copied, wrong)
+
+    def _unable(self, contender: Contender, workload: Workload) -> str | None:
+        """Why a contender does not run on a workload."""
+        if known := contender.missing() or self._skip(contender, workload):
+            return known
+        free = self._clock.free_bytes()
+        if free is None:
+            return None
+        if contender.most_elements is not None and workload.elements > contender.most_elements:
+            return f"takes too long on a CPU for more than {contender.most_elements / 1e6:g}M elements"
+        needed = workload.elements * contender.bytes_needed
+        if needed > free:
+            return f"may need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
+        return None
+
+    def _clean(self) -> None:
+        gc.collect()
+        gc.freeze()  # what is still there stays, peers' modules for the most: the next collection need not look at it
+        self._clock.release()
+
+    def _measure(self, rows: list[_Row], workload: Workload, dtype: torch.dtype, budget: Budget) -> None:
+        done = 0
+        while done < self._rounds and (not done or budget.left()):
+            for row in rows:
+                if row.error is None and done < row.contender.turns:
+                    try:
+                        self._turn(row, workload, dtype)
+                    except Exception as error:  # a row of the table, not the end of the suite
+                        row.error, row.failed = reason(error), True
+                    self._clean()
+                self._tick()
+            done += 1
+        for _ in range((self._rounds - done) * len(rows)):
+            self._tick()
+
+    def _turn(self, row: _Row, workload: Workload, dtype: torch.dtype) -> None:
+        """One turn of one contender, from fresh tensors to memory given back."""
+        clock, before = self._clock, self._clock.allocated()
+        step = row.contender.build(workload.parameters(dtype, clock.device))
+        for _ in range(clock.warm_up):
+            step()
+        clock.synchronize()
+        clock.reset_peak()
+        once = clock.wall_ms(step, 1)
+        row.peaks.append(clock.peak_since(before))
+        count = max(clock.least, min(_MOST_CALLS, int(self._turn_ms / len(clock.kinds) / max(once[0], 1e-6))))
+        whole = row.contender.quantity == STEP
+        if len(clock.kinds) == 1 and once[0] >= self._turn_ms:
+            times = {row.contender.quantity: once}
         else:
-            steps[contender.name] = prepared
-    times: dict[str, list[list[float]]] = {name: [] for name in steps}
-    turns = {contender.name: contender.turns for contender in contenders}
-    for number in range(rounds):
-        for name, step in steps.items():
-            block = []
-            for _ in range(BLOCK if number < turns[name] else 0):
-                begin = time.perf_counter()
-                step()
-                block.append((time.perf_counter() - begin) * 1e3)
-            if block:
-                times[name].append(block[1:])
-            tick()
-    baseline = times.get(contenders[0].name)
-    result = []
-    for contender in contenders:
-        if contender.name in errors:
-            result.append(Timing(contender.name, 0.0, 0.0, 0.0, None, errors[contender.name]))
-            continue
-        own = times[contender.name]
-        ratio = None
-        if baseline is not None:
-            medians = zip(own, baseline, strict=False)
-            ratio = statistics.median(statistics.median(a) / statistics.median(b) for a, b in medians)
-        result.append(Timing(contender.name, *_quantiles([t for block in own for t in block]), ratio))
-    return result
+            times = clock.step_ms(step, count) if whole else {row.contender.quantity: clock.wall_ms(step, count)}
+        for quantity, values in times.items():
+            row.times.setdefault(quantity, []).append(values)
+
+    def _measurements(
+        self, row: _Row, rows: list[_Row], workload: Workload, dtype_name: str, copied: float
+    ) -> list[Measurement]:
+        """What a row gives: one measurement for each of its quantities, or one that says why there is none."""
+        contender = row.contender
+        what = (PART, workload.name, dtype_name, contender.name, contender.ours)
+        moved = contender.bytes_per_element(DTYPES[dtype_name])
+        if row.error is not None:
+            return [Measurement(*what, contender.quantity, "ms", bytes_per_element=moved, error=row.error)]
+        peaks = [peak / workload.elements for peak in row.peaks if peak is not None]
+        found = []
+        for quantity, times in row.times.items():
+            baseline, base = _baseline(rows, quantity)
+            main = self._clock.moving if contender.quantity == STEP else contender.quantity
+            moving = moved if quantity == main else None
+            quotients = ratios(times, base) if base else None
+            p20, p50, p80 = quantiles([value for part in times for value in part])
+            gbps = None if moving is None else moving * workload.elements / p50 / 1e6
+            found.append(
+                Measurement(
+                    *what,
+                    quantity,
+                    "ms",
+                    *(p20, p50, p80),
+                    rounds=[statistics.median(part) for part in times],
+                    baseline=baseline,
+                    ratios=quotients,
+                    ratio=statistics.median(quotients) if quotients else None,
+                    bytes_per_element=moving,
+                    gbps=gbps,
+                    copy_share=None if gbps is None else gbps / copied,
+                    peak_bytes_per_element=statistics.median(peaks) if peaks and quantity == STEP else None,
+                )
+            )
+        return found
 
 
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
+def _name(contender: Contender) -> str:
+    return contender.name if contender.quantity == STEP else f"{contender.name}: {contender.quantity}"
 
 
-def memory(elements: int) -> dict[str, Any]:
-    """State bytes per element, and how far the resident set rises above its level during sample + step.
-
-    Returns:
-        `state_bytes_per_element`, and `peak_growth_bytes` (None where /proc cannot reset the peak).
-    """
-    workload = flat(elements)
-    params = workload.parameters()
-    optimizer = IVON(params, **IVON_ARGS, seed=0, backend="cpu")
-    for _ in range(3):
-        optimizer.train()
-        optimizer.step()
-    storages: dict[int, int] = {}
-    for slot in optimizer._slots.values():
-        for tensor in vars(slot.arena).values():
-            if isinstance(tensor, torch.Tensor):
-                storages[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-    growth: int | None
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-        before = _status("VmRSS")
-        optimizer.train()
-        optimizer.step()
-        growth = max(_status("VmHWM") - before, 0)
-    except OSError:
-        growth = None
-    return {
-        "elements": elements,
-        "state_bytes_per_element": sum(storages.values()) / elements,
-        "peak_growth_bytes": growth,
-    }
-
-
-def scaling(sizes: Sequence[int], repeats: int, tick: Callable[[], None]) -> list[dict[str, float]]:
-    """Median sample + step of one flat tensor against its size; `growth` is the time over that of a tenth of it."""
-    result: list[dict[str, float]] = []
-    for elements in sizes:
-        params = flat(elements).parameters()
-        optimizer = IVON(params, **IVON_ARGS, seed=0, backend="cpu")
-        times = []
-        for _ in range(repeats + 2):
-            begin = time.perf_counter()
-            optimizer.train()
-            optimizer.step()
-            times.append((time.perf_counter() - begin) * 1e3)
-        row = {"elements": float(elements), "ms": statistics.median(times[2:])}
-        if result:
-            row["growth"] = row["ms"] / result[-1]["ms"] * (10 * result[-1]["elements"] / elements)
-        result.append(row)
-        del params, optimizer
-        tick()
-    return result
+def _baseline(rows: list[_Row], quantity: str) -> tuple[str | None, Rounds | None]:
+    """The baseline's times of the same quantity, or of a whole step where it has none such."""
+    times: dict[str, Rounds] = {}
+    for row in rows:
+        if row.contender.name == BASELINE and row.error is None:
+            times.update(row.times)
+    for found, name in ((quantity, BASELINE), (STEP, f"{BASELINE}, {STEP}")):
+        if times.get(found):
+            return name, times[found]
+    return None, None

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_PATTERN = 2**20  # random values; longer tensors repeat them
 
 
 @dataclass(frozen=True)
@@ -20,31 +25,83 @@ class Workload:
         """Elements of all tensors together."""
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """Fresh float32 parameters with gradients, the same values every time."""
+    @property
+    def is_flat(self) -> bool:
+        """Whether it is one long tensor."""
+        return len(self.shapes) == 1
+
+    def parameters(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> list[torch.nn.Parameter]:
+        """Fresh parameters in [-1, 1) with gradients of the same dtype in [-0.01, 0.01), the same values every time."""
         generator = torch.Generator().manual_seed(0)
+        size = min(_PATTERN, max(torch.Size(shape).numel() for shape in self.shapes))
+        pattern = torch.empty(2, size).uniform_(-1, 1, generator=generator).to(device)
         params = []
-        for shape in self.shapes:
-            param = torch.nn.Parameter(torch.empty(shape).uniform_(-1, 1, generator=generator))
-            param.grad = torch.empty(shape).uniform_(-0.01, 0.01, generator=generator)
+        for number, shape in enumerate(self.shapes):
+            value, grad = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+            for tensor, source, scale in ((value, pattern[0], 1.0), (grad, pattern[1], 0.01)):
+                _fill(tensor, source.roll(number) * scale)
+            param = torch.nn.Parameter(value)
+            param.grad = grad
             params.append(param)
         return params
 
 
+def _fill(tensor: Tensor, values: Tensor) -> None:
+    """Repeat the values, rounded to the tensor's dtype: drawing a billion numbers takes longer than the steps."""
+    for part in tensor.view(-1).split(values.numel()):
+        part.copy_(values[: part.numel()])
+
+
 def lora(layers: int, width_in: int, width_q: int, width_v: int, rank: int) -> tuple[tuple[int, ...], ...]:
     """A and B of LoRA on the q and v projections of every layer."""
-    layer = ((rank, width_in), (width_q, rank), (rank, width_in), (width_v, rank))
-    return layer * layers
+    return _adapters(((width_in, width_q), (width_in, width_v)), rank) * layers
+
+
+def _adapters(linears: tuple[tuple[int, int], ...], rank: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(shape for inner, outer in linears for shape in ((rank, inner), (outer, rank)))
+
+
+def short(elements: int) -> str:
+    """As people say it: 131, 4.19M, 1B."""
+    for unit, name in ((10**9, "B"), (10**6, "M")):
+        if elements >= unit:
+            return f"{elements / unit:.3g}{name}"
+    return str(elements)
 
 
 def flat(elements: int) -> Workload:
     """One tensor."""
-    return Workload(f"flat-{elements}", f"one tensor, {elements / 1e6:g}M", ((elements,),))
+    return Workload(f"flat-{short(elements)}", "one tensor", ((elements,),))
 
 
+# Llama-2-7B: 32 layers; q, k, v, o are 4096 x 4096, gate and up 4096 -> 11008, down 11008 -> 4096.
+_LLAMA_LINEAR = ((4096, 4096),) * 4 + ((4096, 11008),) * 2 + ((11008, 4096),)
+
+# In the order in which they are measured: when the time runs out, the last ones are left out.
 WORKLOADS = (
-    Workload("llama-2-7b", "Llama-2-7B, LoRA r=8 on q, v", lora(32, 4096, 4096, 4096, 8)),
-    Workload("smollm2-135m", "SmolLM2-135M, LoRA r=8 on q, v", lora(30, 576, 576, 192, 8)),
+    Workload("llama-2-7b-r8-qv", "Llama-2-7B, LoRA r=8 on q, v", lora(32, 4096, 4096, 4096, 8)),
+    Workload("llama-2-7b-r16-all", "Llama-2-7B, LoRA r=16, all linear", _adapters(_LLAMA_LINEAR, 16) * 32),
+    flat(100_000_000),
+    Workload("smollm2-135m-r8-qv", "SmolLM2-135M, LoRA r=8 on q, v", lora(30, 576, 576, 192, 8)),
     Workload("128-tiny", "128 tensors of 16x64", ((16, 64),) * 128),
     Workload("450-tiny", "450 tensors of 16x64", ((16, 64),) * 450),
+    flat(10_000_000),
+    flat(1_000_000),
+    flat(1_000_000_000),
 )
+QUICK = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "450-tiny", "flat-1M", "flat-10M")
+# The same code where nothing is to be measured: a few tensors, one of them of an odd size.
+DRY_WORKLOADS = (Workload("dry-lora", "a tiny layer", lora(1, 24, 24, 24, 4)), flat(131))
+
+
+def chosen(*, quick: bool, dry_run: bool, max_elements: int) -> Iterator[tuple[Workload, str]]:
+    """The workloads, each with why it is left out, or an empty string."""
+    for workload in DRY_WORKLOADS if dry_run else WORKLOADS:
+        if not dry_run and quick and workload.name not in QUICK:
+            yield workload, "--quick leaves it out"
+        elif workload.elements > max_elements:
+            yield workload, f"more elements than --max-elements {max_elements}"
+        else:
+            yield workload, ""

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.finetune.model import add_lora
-from benchmarks.speed.measure import Timing, _quantiles, _status
+from benchmarks.memory import forget_peak, resident, return_freed_memory
+from benchmarks.speed.timing import Timing, timing
 from benchmarks.stacking.contenders import CONTENDERS, SEPARATE, STACKED, Setup, prepare, token_batch
-
-
-def _return_freed_memory() -> None:
-    """Give the system what glibc keeps of freed memory, so that it does not hide what a pass needs."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _synchronize() -> None:
@@ -60,14 +52,8 @@ def compare(setup: Setup, batch: int, tokens: int, rounds: int, tick: Callable[[
             if number:
                 times[name].append(elapsed)
                 tick()
-    return [
-        Timing(
-            name,
-            *(_quantiles(own) if rounds > 1 else (own[0], own[0], own[0])),
-            statistics.median(a / b for a, b in zip(own, times[SEPARATE], strict=True)),
-        )
-        for name, own in times.items()
-    ]
+    separate = [[value] for value in times[SEPARATE]]
+    return [timing(name, [[value] for value in own], separate) for name, own in times.items()]
 
 
 def stacking_ms(setup: Setup) -> float:
@@ -129,18 +115,18 @@ def peaks_of(
     setup.step(CONTENDERS[-1], token_batch(setup, 1, 2))(None)  # what the libraries allocate once
     result: list[int | None] = []
     on_cuda = device == "cuda"
-    _return_freed_memory()
+    return_freed_memory()
     try:
-        before = torch.cuda.memory_allocated() if on_cuda else _status("VmRSS")
+        before = torch.cuda.memory_allocated() if on_cuda else resident("VmRSS")
         for batch in batches:
             inputs = token_batch(setup, batch, tokens)
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats()
             else:
-                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+                forget_peak()
             with setup.stacked() if contender == STACKED else contextlib.nullcontext() as stack:
                 setup.step(contender, inputs)(stack)
-            peak = torch.cuda.max_memory_allocated() if on_cuda else _status("VmHWM")
+            peak = torch.cuda.max_memory_allocated() if on_cuda else resident("VmHWM")
             result.append(max(peak - before, 0))
     except OSError:
         return [None] * len(batches)

@@ -13,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.speed.report import BASELINE_COLOR, OUR_COLOR, PEER_COLOR
+from benchmarks.speed.plots import BASELINE_COLOR, OUR_COLOR, PEER_COLOR
 from benchmarks.stacking.contenders import CONTENDERS, MEAN, SEPARATE, STACKED
 
 _MEGABYTE = 2**20

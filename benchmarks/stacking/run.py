@@ -16,8 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import UserError
 from benchmarks.environment import environment
 from benchmarks.finetune.model import add_lora, load_model
-from benchmarks.speed.measure import Timing
-from benchmarks.speed.report import print_targets, write_json
+from benchmarks.speed.record import write_json
+from benchmarks.speed.tables import targets_grid
+from benchmarks.speed.targets import target
+from benchmarks.speed.timing import Timing
 from benchmarks.stacking import report
 from benchmarks.stacking.contenders import CONTENDERS, STACKED, Setup, check, prepare, token_batch
 from benchmarks.stacking.measure import compare, peak_memory, stacking_ms
@@ -72,7 +74,7 @@ def run(options: Options, out: Path) -> dict[str, Any]:
         "environment": environment(_PACKAGES),
     }
     report.print_tables(console, record)
-    print_targets(console, record["targets"])
+    targets_grid(record["targets"], "Targets").show(console)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "stacking.json", record)
     report.plot(out / "stacking.png", record)
@@ -121,14 +123,11 @@ def _device(name: str) -> torch.device:
 
 def _targets(timings: dict[int, list[Timing]], share: float, tokens: int) -> list[dict[str, Any]]:
     ratios = {batch: next(t.ratio for t in rows if t.name == STACKED) for batch, rows in timings.items()}
-    slowest = max(ratio for ratio in ratios.values() if ratio is not None)
-    sizes = ", ".join(map(str, timings))
-    rows: list[tuple[str, float, float | None]] = [
-        (f"batch 1 of {tokens} tokens: stacked / separate passes, at most", 0.6, ratios.get(1)),
-        (f"batches of {sizes}: the largest such ratio, at most", 1.0, slowest),
-        ("memory of the stacked adapters in % of the base, at most", 1.0, 100 * share),
+    cases = [(f"batch {batch}", ratio) for batch, ratio in ratios.items() if ratio is not None]
+    first = [case for case in cases if case[0] == "batch 1"]
+    rows = [
+        target(f"batch 1 of {tokens} tokens: stacked / separate passes", 0.6, first),
+        target(f"batches of {', '.join(map(str, timings))}: the largest such ratio", 1.0, cases),
+        target("memory of the stacked adapters in % of the base", 1.0, [("", 100 * share)]),
     ]
-    return [
-        {"name": name, "bound": bound, "measured": measured, "met": measured is not None and measured <= bound}
-        for name, bound, measured in rows
-    ]
+    return [row.record() for row in rows]

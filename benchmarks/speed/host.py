@@ -1,9 +1,15 @@
-"""What one optimizer step costs the processor, measured without a GPU: the backend's launches do nothing."""
+"""What one optimizer step costs the processor apart from the device: the cuda backend's launches do nothing.
+
+It gathers and packs as always, on one thread and without a GPU. The first contender is the native path of a step alone:
+reading the gradients' addresses, packing the arguments, launching. AdamW on CPU tensors does its arithmetic too; it is
+there for scale.
+"""
 
 from __future__ import annotations
 
 import functools
 import shutil
+import statistics
 import subprocess
 import tempfile
 import time
@@ -16,9 +22,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu.workloads import tensors
-from benchmarks.speed.contenders import IVON_ARGS
-from benchmarks.speed.measure import _quantiles
+from benchmarks.speed.contenders import ADAMW_ARGS, IVON_ARGS
+from benchmarks.speed.record import Measurement
+from benchmarks.speed.timing import quantiles
+from benchmarks.speed.verify import reason
 from benchmarks.speed.workloads import WORKLOADS, Workload
 from ivon_kernels import IVON, backends
 from ivon_kernels.backends import Draw
@@ -26,8 +33,9 @@ from ivon_kernels.backends.cuda import CudaBackend
 
 _SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "launch.cu"
 TINY = tuple(workload for workload in WORKLOADS if workload.name.endswith("-tiny"))
+PART, SAME, FRESH = "host", "host", "host, fresh gradients"
 _WARM_UP = 5
-_SECONDS = 1.0  # for one row's steps, where so many repeats would take longer
+_SECONDS = 0.3  # for one contender's turn, where so many repeats would take longer
 Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
 
@@ -71,16 +79,11 @@ def stub_launcher() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class HostContender:
-    """`build` gives the calls before the forward pass and after the backward pass.
-
-    `share` says which target the row is for: ``"step"`` for all that the optimizer does on the host, ``"path"`` for its
-    native part alone (addresses of the gradients, arguments, launch), empty for none.
-    """
+    """`build` gives the calls before the forward pass and after the backward pass."""
 
     name: str
     build: Callable[[list[torch.nn.Parameter], str], Calls]
     context: Callable[[], AbstractContextManager[str]]
-    share: str = ""
 
 
 def _path(params: list[torch.nn.Parameter], backend: str) -> Calls:
@@ -108,7 +111,7 @@ def _ours(one_launch: bool) -> Callable[[list[torch.nn.Parameter], str], Calls]:
 
 def _adamw(**options: Any) -> Callable[[list[torch.nn.Parameter], str], Calls]:
     def build(params: list[torch.nn.Parameter], _: str) -> Calls:
-        return (lambda: None), torch.optim.AdamW(params, lr=1e-5, **options).step
+        return (lambda: None), torch.optim.AdamW(params, **ADAMW_ARGS, **options).step
 
     return build
 
@@ -117,17 +120,19 @@ def _no_context() -> AbstractContextManager[str]:
     return nullcontext("")
 
 
+PATH = "ivon_kernels cuda, stub launcher: read addresses, pack, launch"
+WHOLE = "ivon_kernels cuda, stub launcher, sample + step"
 CONTENDERS = (
-    HostContender("ivon_kernels cuda, stub launcher: read addresses, pack, launch", _path, stub_launcher, "path"),
-    HostContender("ivon_kernels cuda, stub launcher, sample + step", _ours(False), stub_launcher, "step"),
+    HostContender(PATH, _path, stub_launcher),
+    HostContender(WHOLE, _ours(False), stub_launcher),
     HostContender("ivon_kernels cuda, stub launcher, step with next sample", _ours(True), stub_launcher),
     HostContender("AdamW (foreach) on CPU tensors, its arithmetic included", _adamw(foreach=True), _no_context),
     HostContender("AdamW (fused) on CPU tensors, its arithmetic included", _adamw(fused=True), _no_context),
 )
 
 
-def _times(calls: Calls, params: list[torch.nn.Parameter], repeats: int, fresh: bool) -> dict[str, dict[str, float]]:
-    """Microseconds of the first call, the second, and both.
+def _times(calls: Calls, params: list[torch.nn.Parameter], repeats: int, fresh: bool) -> list[float]:
+    """Microseconds of both calls together.
 
     Args:
         calls: What is timed.
@@ -136,7 +141,7 @@ def _times(calls: Calls, params: list[torch.nn.Parameter], repeats: int, fresh: 
         fresh: New gradient tensors every time, as after ``zero_grad()`` and a backward pass; else the same ones.
     """
     grads = [param.grad for param in params]
-    times: dict[str, list[float]] = {"train": [], "step": [], "both": []}
+    times: list[float] = []
     stop = time.perf_counter() + _SECONDS
     for number in range(repeats + _WARM_UP):
         if number > _WARM_UP + 1 and time.perf_counter() > stop:
@@ -147,39 +152,49 @@ def _times(calls: Calls, params: list[torch.nn.Parameter], repeats: int, fresh: 
                 param.grad = grad.clone()
         begin = time.perf_counter()
         calls[0]()
-        middle = time.perf_counter()
         calls[1]()
-        end = time.perf_counter()
         if number >= _WARM_UP:
-            for name, seconds in zip(times, (middle - begin, end - middle, end - begin), strict=True):
-                times[name].append(seconds * 1e6)
+            times.append((time.perf_counter() - begin) * 1e6)
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
-    return {name: dict(zip(("p20", "p50", "p80"), _quantiles(values), strict=True)) for name, values in times.items()}
+    return times
 
 
-def _row(contender: HostContender, workload: Workload, repeats: int) -> dict[str, Any]:
-    row: dict[str, Any] = {"name": contender.name, "share": contender.share, "tensors": len(workload.shapes)}
+def _turn(contender: HostContender, workload: Workload, repeats: int) -> dict[str, list[float]]:
+    with contender.context() as backend:
+        params = workload.parameters()
+        calls = contender.build(params, backend)
+        return {SAME: _times(calls, params, repeats, False), FRESH: _times(calls, params, repeats, True)}
+
+
+def _measurements(contender: HostContender, workload: Workload, rounds: int, repeats: int) -> list[Measurement]:
+    what = (PART, workload.name, "float32", contender.name, contender.context is stub_launcher)
     try:
-        with contender.context() as backend:
-            params = tensors(workload, torch.float32, torch.device("cpu"))
-            calls = contender.build(params, backend)
-            return {
-                **row,
-                "error": None,
-                "same": _times(calls, params, repeats, fresh=False),
-                "fresh": _times(calls, params, repeats, fresh=True),
-            }
-    except Exception as error:
-        return {**row, "error": f"{type(error).__name__}: {error}"}
+        turns = [_turn(contender, workload, repeats) for _ in range(rounds)]
+    except Exception as error:  # a row of the table, not the end of the suite
+        return [Measurement(*what, SAME, "us", error=reason(error))]
+    return [
+        Measurement(
+            *what,
+            quantity,
+            "us",
+            *quantiles([value for turn in turns for value in turn[quantity]]),
+            rounds=[statistics.median(turn[quantity]) for turn in turns],
+        )
+        for quantity in (SAME, FRESH)
+    ]
 
 
-def measure(*, repeats: int) -> dict[str, Any]:
-    """The host's microseconds per step of 128 and 450 tensors of 16x64, on one thread."""
+def measure(*, rounds: int, repeats: int) -> list[Measurement]:
+    """Microseconds per step of 128 and 450 tensors of 16x64, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        rows = [_row(contender, workload, repeats) for workload in TINY for contender in CONTENDERS]
+        return [
+            measurement
+            for workload in TINY
+            for contender in CONTENDERS
+            for measurement in _measurements(contender, workload, rounds, repeats)
+        ]
     finally:
         torch.set_num_threads(threads)
-    return {"repeats": repeats, "unit": "microseconds", "rows": rows}

@@ -1,8 +1,9 @@
 """A small training run over every path of a backend, checked bit for bit: what compute-sanitizer watches.
 
-``python -m benchmarks.gpu.exercise cuda`` trains odd sizes, unaligned and strided tensors, hundreds of tensors, several
-samples, both modes, a GradScaler's scale and overflow, with all dtypes, and the same on the processor: with the `cpu`
-backend, which equals `reference` and is quick enough, or with `reference` where that is missing or under test itself.
+``python -m benchmarks.speed.exercise cuda`` trains odd sizes, unaligned and strided tensors, hundreds of tensors,
+several samples, both modes, a GradScaler's scale and overflow, with all dtypes, and the same on the processor: with the
+`cpu` backend, which equals `reference` and is quick enough, or with `reference` where that is missing or under test
+itself.
 """
 
 from __future__ import annotations
