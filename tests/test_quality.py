@@ -199,6 +199,19 @@ def test_finished_parts_are_not_done_again_and_failed_ones_are(
     assert begun == expected
 
 
+def test_new_candidates_have_what_they_change_done_again(
+    again: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells(tmp_path / "study", "adamw")
+    others = tuple(hyper for hyper in AdamW.candidates if hyper != cell["hyper"])
+    monkeypatch.setattr(AdamW, "candidates", others)
+    result = again("--methods=adamw")
+    assert result.exit_code == 0, result.output
+    (after,) = cells(tmp_path / "study", "adamw")
+    assert after["hyper"] in others
+    assert after["domains"] != cell["domains"]
+
+
 def test_an_interrupt_keeps_what_is_finished(
     again: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,9 @@ from benchmarks.quality.method import Hyper, State
 from benchmarks.quality.methods import all_methods, blob, ensemble, fixed_noise, swag, temperature
 from benchmarks.quality.methods._adapter import weights, write
 
+# laplace-torch's dependencies call what torch has deprecated while they are imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
 METHODS = all_methods()
 CPU = torch.device("cpu")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -164,7 +165,9 @@ def test_a_missing_model_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_pytest(*options: str, before: str = "pass") -> tuple[int, str]:
     code = f"import sys, pytest; {before}; sys.exit(pytest.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "-p", "no:cacheprovider", "-q", *options]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # As a user would call it, not as a part of a parallel run.
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=alone)
     return result.returncode, result.stdout
 
 

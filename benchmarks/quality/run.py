@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from benchmarks.finetune.report import PACKAGES
 from benchmarks.finetune.run import find_device, make_folder
 from benchmarks.quality import report
 from benchmarks.quality.cells import Cells, write_json
-from benchmarks.quality.method import Hyper, Method
+from benchmarks.quality.method import Method
 from benchmarks.quality.methods import all_methods
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.study import Study
@@ -38,11 +37,11 @@ def run(settings: Settings, console: Console) -> bool:
         torch.set_num_threads(settings.threads)
     device = find_device(settings.device)
     methods = select(settings.methods)
-    given = read_hyperparameters(settings.hyperparameters)
     make_folder(settings.out)
     cells = Cells(settings.out, settings.identity())
     with Workshop(settings, cells, device, console) as workshop:
-        study = Study(settings, methods, given, cells, workshop.bench)
+        study = Study(settings, methods, cells, workshop.bench)
+        study.forget_outdated()
         finished = workshop.do(study.units)
     record = record_of(study, finished, device)
     write(record, settings.out, console)
@@ -60,24 +59,6 @@ def select(names: tuple[str, ...]) -> dict[str, Method]:
         raise UserError(f"Unknown method '{unknown[0]}'; choose from {', '.join(found)}.")
     wanted = {base for name in names for base in (name, found[name].base)} if names else set(found)
     return {name: method for name, method in found.items() if name in wanted}
-
-
-def read_hyperparameters(path: Path | None) -> dict[str, dict[str, Hyper]]:
-    """Hyperparameters by task and method, as a study wrote them; none without a file.
-
-    Raises:
-        UserError: It cannot be read.
-    """
-    if path is None:
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            task: {name: {key: float(value) for key, value in hyper.items()} for name, hyper in methods.items()}
-            for task, methods in content.items()
-        }
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"Cannot read the hyperparameters in {path}: {error}") from error
 
 
 def record_of(study: Study, finished: bool, device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ DIAL_BUDGET = 4
 SEARCH_SEED = 1000
 """Of the runs that choose hyperparameters; no seed of the study's own runs."""
 BUNDLED = tuple(name for name, task in TASKS.items() if not task.hub)
+RECORDED = Path(__file__).parent.parent / "results" / "quality" / "hyperparameters.json"
+"""What the committed study chose."""
 MAIN = "vader_nyt"
 """The domain of rated sentences that the default study trains on."""
 
@@ -77,9 +80,35 @@ class Settings:
         return {key: common.get(key) if value is None else value for key, value in asdict(self.amounts).items()}
 
     def identity(self) -> dict[str, Any]:
-        """What has to be equal for finished cells to count: tasks, methods and seeds may be added."""
-        amounts = {key: value for key, value in asdict(self.amounts).items() if key != "seeds"}
-        return {"amounts": amounts, "model": self.model, "load_in_8bit": self.load_in_8bit, "search": self.search}
+        """What has to be equal for finished cells to count: tasks, methods and seeds may be added.
+
+        Raises:
+            UserError: The hyperparameters cannot be read.
+        """
+        return {
+            "amounts": {key: value for key, value in asdict(self.amounts).items() if key != "seeds"},
+            "model": self.model,
+            "load_in_8bit": self.load_in_8bit,
+            "search": self.search,
+            "hyperparameters": self.given(),
+        }
+
+    def given(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Hyperparameters by task and method, as a study wrote them; none without a file.
+
+        Raises:
+            UserError: The file cannot be read.
+        """
+        if self.hyperparameters is None:
+            return {}
+        try:
+            content = json.loads(self.hyperparameters.read_text(encoding="utf-8"))
+            return {
+                task: {name: {key: float(value) for key, value in hyper.items()} for name, hyper in methods.items()}
+                for task, methods in content.items()
+            }
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"Cannot read the hyperparameters in {self.hyperparameters}: {error}") from error
 
 
 def resolve(
@@ -124,13 +153,18 @@ def resolve(
         methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
         seeds=tuple(range(count)),
         search=searching,
-        hyperparameters=None if searching else hyperparameters,
+        hyperparameters=None if searching else _file(hyperparameters),
         model=model,
         load_in_8bit=load_in_8bit,
         device=device,
         threads=threads,
         out=Path("results") / f"quality-{size}" if out is None else out,
     )
+
+
+def _file(given: Path | None) -> Path | None:
+    """The file of hyperparameters that was given, or the one that comes with the benchmarks."""
+    return RECORDED if given is None and RECORDED.exists() else given
 
 
 def sized(task: Task, amounts: Size) -> Task:

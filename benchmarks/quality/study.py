@@ -24,7 +24,6 @@ class Study:
         self,
         settings: Settings,
         methods: dict[str, Method],
-        given: dict[str, dict[str, Hyper]],
         cells: Cells,
         bench: Callable[[str], Bench],
     ) -> None:
@@ -33,7 +32,6 @@ class Study:
         Args:
             settings: What is studied.
             methods: By name, each after its base.
-            given: Hyperparameters by task and method, for a study that does not search.
             cells: Where finished units are.
             bench: Gives the bench of a task.
 
@@ -41,7 +39,7 @@ class Study:
             UserError: A method tries more than all others may.
         """
         self.settings, self.methods, self.cells = settings, methods, cells
-        self._given, self._bench = given, bench
+        self._given, self._bench = settings.given(), bench
         for method in methods.values():
             if len(method.candidates) > BUDGET or len(method.dials) > DIAL_BUDGET:
                 raise UserError(f"{method.name} has more than {BUDGET} candidates or {DIAL_BUDGET} values of a dial.")
@@ -55,7 +53,7 @@ class Study:
             trainers = [method for method in self.methods.values() if method.base is None]
             if self.settings.search:
                 for method in trainers:
-                    if len(method.candidates) > 1:
+                    if self._searches(task, method):
                         for hyper in method.candidates:
                             yield self._search(task, method, hyper)
             for seed in self.settings.seeds:
@@ -71,15 +69,19 @@ class Study:
 
     def _train(self, task: str, method: Method, seed: int) -> Unit:
         cell = (TRAINED, task, method.name, str(seed))
-        searched = self.settings.search and len(method.candidates) > 1
-        needs = tuple((SEARCH, task, method.name, key_of(hyper)) for hyper in method.candidates) if searched else ()
 
         def run() -> dict[str, Any]:
             content, weights, state = self._bench(task).train(method, self.chosen(task, method), seed)
             self.cells.save_trained(weights, state, *cell)
             return content
 
-        return Unit(cell, needs, f"{task}, seed {seed}: training {method.title}", run)
+        return Unit(cell, self._searches(task, method), f"{task}, seed {seed}: training {method.title}", run)
+
+    def _searches(self, task: str, method: Method) -> tuple[tuple[str, ...], ...]:
+        """The cells by which a method's hyperparameters are chosen."""
+        if not self.settings.search or len(method.candidates) == 1:
+            return ()
+        return tuple((SEARCH, task, method.name, key_of(hyper)) for hyper in method.candidates)
 
     def _judge(self, task: str, method: Method, seed: int) -> Unit:
         cell = (JUDGED, task, method.name, str(seed))
@@ -97,6 +99,18 @@ class Study:
 
         return Unit(cell, (trained,), f"{task}, seed {seed}: predicting with {method.title}", run)
 
+    def forget_outdated(self) -> None:
+        """Have done again what was trained with hyperparameters that would not be chosen now: candidates were added."""
+        for unit in self.units:
+            kind, task, name, _ = unit.cell
+            if kind not in (TRAINED, JUDGED):
+                continue
+            method = self.methods[self.methods[name].base or name]
+            complete = all(self.cells.read(*need) is not None for need in self._searches(task, method))
+            content = self.cells.read(*unit.cell)
+            if content is not None and complete and content.get("hyper") != self.chosen(task, method):
+                self.cells.forget(*unit.cell)
+
     # ---- what was found ----------------------------------------------------------------------------------------------
 
     def tried(self, task: str, method: Method) -> list[dict[str, Any]]:
@@ -110,7 +124,7 @@ class Study:
 
     def chosen(self, task: str, method: Method) -> Hyper:
         """The hyperparameters that a method is trained with: those of the best likelihood on the validation split."""
-        given = self._given.get(task, {}).get(method.name)
+        given: Hyper | None = self._given.get(task, {}).get(method.name)
         if given is not None:
             return given
         tried = [entry for entry in self.tried(task, method) if entry["error"] is None] if self.settings.search else []

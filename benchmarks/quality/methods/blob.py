@@ -32,9 +32,9 @@ class Blob(Method):
     source = "Wang et al., NeurIPS 2024, arXiv 2406.11675, section 3"
     candidates = (
         {"lr": 1e-3, "kl_lr": 0.01, "spread": 0.05},
-        {"lr": 1e-3, "kl_lr": 0.003, "spread": 0.05},
         {"lr": 2e-3, "kl_lr": 0.01, "spread": 0.05},
-        {"lr": 1e-3, "kl_lr": 0.01, "spread": 0.2},
+        {"lr": 2e-3, "kl_lr": 0.003, "spread": 0.05},
+        {"lr": 4e-3, "kl_lr": 0.003, "spread": 0.05},
     )
 
     def train(self, job: Job, hyper: Hyper) -> State:

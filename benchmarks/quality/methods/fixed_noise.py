@@ -22,9 +22,9 @@ class FixedNoise(Method):
     ablation = True
     candidates = (
         {"lr": 1e-3, "sigma": 0.01},
-        {"lr": 1e-3, "sigma": 0.03},
         {"lr": 2e-3, "sigma": 0.01},
-        {"lr": 1e-3, "sigma": 0.003},
+        {"lr": 2e-3, "sigma": 0.03},
+        {"lr": 4e-3, "sigma": 0.01},
     )
 
     def train(self, job: Job, hyper: Hyper) -> State:
