@@ -15,7 +15,7 @@ class AdamW(Method):
 
     title = "AdamW"
     source = "Loshchilov and Hutter, ICLR 2019"
-    candidates = ({"lr": 1e-3}, {"lr": 2e-3}, {"lr": 4e-3}, {"lr": 5e-4})
+    candidates = ({"lr": 4e-3}, {"lr": 2e-3}, {"lr": 8e-3}, {"lr": 1e-3})
 
     def train(self, job: Job, hyper: Hyper) -> State:
         """The job's steps, with a rate that falls linearly to zero."""

@@ -31,10 +31,10 @@ class Blob(Method):
     title = "BLoB"
     source = "Wang et al., NeurIPS 2024, arXiv 2406.11675, section 3"
     candidates = (
-        {"lr": 1e-3, "kl_lr": 0.01, "spread": 0.05},
-        {"lr": 2e-3, "kl_lr": 0.01, "spread": 0.05},
-        {"lr": 2e-3, "kl_lr": 0.003, "spread": 0.05},
         {"lr": 4e-3, "kl_lr": 0.003, "spread": 0.05},
+        {"lr": 4e-3, "kl_lr": 0.01, "spread": 0.05},
+        {"lr": 8e-3, "kl_lr": 0.003, "spread": 0.05},
+        {"lr": 2e-3, "kl_lr": 0.003, "spread": 0.05},
     )
 
     def train(self, job: Job, hyper: Hyper) -> State:

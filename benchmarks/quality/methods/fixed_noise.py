@@ -21,10 +21,10 @@ class FixedNoise(Method):
     source = "an ablation: IVON's sampling with sigma given, and AdamW's steps"
     ablation = True
     candidates = (
-        {"lr": 1e-3, "sigma": 0.01},
-        {"lr": 2e-3, "sigma": 0.01},
-        {"lr": 2e-3, "sigma": 0.03},
         {"lr": 4e-3, "sigma": 0.01},
+        {"lr": 4e-3, "sigma": 0.03},
+        {"lr": 8e-3, "sigma": 0.01},
+        {"lr": 2e-3, "sigma": 0.01},
     )
 
     def train(self, job: Job, hyper: Hyper) -> State:

@@ -27,10 +27,10 @@ class Swag(Method):
     title = "SWAG-LoRA"
     source = "Onal et al. 2024, arXiv 2405.03425; Maddox et al., NeurIPS 2019, algorithm 1 and equation 1"
     candidates = (
-        {"lr": 1e-3, "swa_lr": 5e-4, "start": 0.5},
+        {"lr": 4e-3, "swa_lr": 1e-3, "start": 0.5},
+        {"lr": 4e-3, "swa_lr": 2e-3, "start": 0.75},
+        {"lr": 8e-3, "swa_lr": 1e-3, "start": 0.75},
         {"lr": 2e-3, "swa_lr": 1e-3, "start": 0.5},
-        {"lr": 2e-3, "swa_lr": 1e-3, "start": 0.75},
-        {"lr": 4e-3, "swa_lr": 5e-4, "start": 0.75},
     )
 
     def train(self, job: Job, hyper: Hyper) -> State:
