@@ -15,8 +15,8 @@ class IvonMean(Method):
 
     title = "IVON, mean"
     source = "Cong et al. 2024, arXiv 2411.04421; Shen et al., ICML 2024, arXiv 2402.17641"
-    # Times the clip radius of 1e-3, the rates are AdamW's candidates; the rest is as published.
-    candidates = tuple({"lr": lr, "ess": 1e6, "hess_init": 1e-3} for lr in (4.0, 2.0, 8.0, 1.0))
+    # The clip binds, so that a step is at most lr times its radius of 1e-3; the rest is as published.
+    candidates = tuple({"lr": lr, "ess": 1e6, "hess_init": 1e-3} for lr in (1.0, 2.0, 4.0, 0.5))
 
     def train(self, job: Job, hyper: Hyper) -> State:
         """The job's steps, with a rate that falls linearly to zero."""
