@@ -150,6 +150,8 @@ class _Table:
         self.slots = slots.slots
         self.rows = array("q", bytes(8 * _WIDTH * len(self.slots)))
         self.summed = False
+        self.arenas = {slot.arena for slot in self.slots}
+        self.offsets = [slot.arena.offsets[slot.position] * slot.mean.element_size() for slot in self.slots]
         for key in ("mean", "momentum", "hess"):
             self.set(key, [getattr(slot, key).data_ptr() for slot in self.slots])
         self.set("noise", [0 if slot.noise is None else slot.noise.data_ptr() for slot in self.slots])
@@ -172,11 +174,18 @@ class _Table:
 
     def set_sums(self, summed: bool) -> None:
         """Point to the sums of earlier MC samples, or to nothing."""
-        if summed or self.summed:
-            self.summed = summed
-            sums = [slot.sums for slot in self.slots]
-            self.set("grad_sum", [0 if pair is None else pair[0].data_ptr() for pair in sums])
-            self.set("second_sum", [0 if pair is None else pair[1].data_ptr() for pair in sums])
+        if not summed and not self.summed:
+            return
+        self.summed = summed
+        for column in ("grad_sum", "second_sum"):
+            totals = {arena: getattr(arena, column) for arena in self.arenas}
+            starts = {arena: 0 if total is None else total.data_ptr() for arena, total in totals.items()}
+            # By arithmetic: a view of every tensor's part would take longer than the launch.
+            addresses = [
+                starts[slot.arena] + offset if slot.summed else 0
+                for slot, offset in zip(self.slots, self.offsets, strict=True)
+            ]
+            self.set(column, addresses)
 
 
 class CpuBackend(Backend):
