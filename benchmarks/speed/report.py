@@ -14,8 +14,9 @@ Every contender takes its turns on fresh tensors, round after round. Before it i
 have the bits of the reference backend; the others must change the weights, leave them finite, and, where they compute
 AdamW's update, agree with torch's. *x AdamW* is the median over the rounds of its median over that of {BASELINE} in the
 same round; for a part that AdamW does not have, over its whole step. *B/el* is what must move per element (last table),
-*GB/s* those bytes over the median time, *of copy* its share of a large copy's bandwidth: small tensors stay in caches
-and can exceed it.
+*GB/s* those bytes over the median time, *of copy* its share of a large copy's bandwidth (bytes read and written). It
+can be exceeded: small tensors stay in caches, and a processor may read what a copy overwrites, which is not counted and
+which a step in place does not need.
 """
 
 

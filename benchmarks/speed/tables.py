@@ -157,9 +157,12 @@ def missing_grid(record: Record) -> Grid:
             what = m.contender if m.quantity in (STEP, HOST) else f"{m.contender}: {m.quantity}"
             where.setdefault((what, m.error), []).append(f"{m.workload} {m.dtype}")
     everywhere = len({(m.workload, m.dtype) for m in record.measurements if m.part == STEPS_PART})
+    together: dict[tuple[tuple[str, ...], str], list[str]] = {}
+    for (what, why), places in where.items():
+        together.setdefault((tuple(places), why), []).append(what)
     cells = [
-        [what, "everywhere" if len(places) >= everywhere else ", ".join(places), why]
-        for (what, why), places in where.items()
+        ["; ".join(whats), "everywhere" if len(places) >= everywhere else ", ".join(places), why]
+        for (places, why), whats in together.items()
     ]
     cells += [[row["part"], row["what"], row["why"]] for row in record.left_out]
     return Grid("Not measured", ["contender or part", "on", "why"], cells, left=("on", "why"))
