@@ -256,6 +256,15 @@ def test_a_folder_of_another_study_is_refused(again: Callable[..., Result], tmp_
     assert "holds a study with other amounts" in result.output
 
 
+def test_the_number_of_steps_can_be_given(tiny_model: Path, tmp_path: Path) -> None:
+    result = invoke("quality", "--quick", "--steps=3", "--methods=adamw", f"--model={tiny_model}", f"--out={tmp_path}")
+    assert result.exit_code == 0, result.output
+    assert record(tmp_path)["settings"]["amounts"]["steps"] == 3
+    assert "3 training steps" in (tmp_path / "report.md").read_text()
+    (cell,) = cells(tmp_path, "adamw")
+    assert cell["domains"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -263,6 +272,7 @@ def test_a_folder_of_another_study_is_refused(again: Callable[..., Result], tmp_
         (["--tasks=nonsense"], "Unknown task 'nonsense'"),
         (["--methods=nonsense"], "Unknown method 'nonsense'"),
         (["--seeds=0"], "--seeds must be between 1"),
+        (["--steps=0"], "--steps must be at least 1"),
         (["--quick", "--size=full"], "--quick is --size quick"),
         (["--search", "--hyperparameters=x.json"], "use one of the two"),
         (["--hyperparameters=missing.json"], "Cannot read the hyperparameters in missing.json"),

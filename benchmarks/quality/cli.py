@@ -20,6 +20,7 @@ def quality(
     tasks: Annotated[str, typer.Option(help=f"Some of {', '.join(TASKS)}, by commas; or all embedded ones.")] = MAIN,
     methods: Annotated[str, typer.Option(help="Files in benchmarks/quality/methods, by commas; default all.")] = "",
     seeds: Annotated[int | None, typer.Option(help="How many seeds; default by size.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default by size and task.")] = None,
     search: Annotated[
         bool | None,
         typer.Option("--search/--no-search", help="Choose hyperparameters anew; default, but for --quick."),
@@ -51,6 +52,7 @@ def quality(
             tasks=tasks,
             methods=methods,
             seeds=seeds,
+            steps=steps,
             search=search,
             hyperparameters=hyperparameters,
             model=model,
@@ -88,6 +90,7 @@ def recipe(
     refine: Annotated[int, typer.Option(help="Settings to try around the best of these.")] = 12,
     best: Annotated[int, typer.Option(help="Of these, how many to run again with other seeds.")] = 4,
     seeds: Annotated[int | None, typer.Option(help="How many other seeds; default by size.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default by size and task.")] = None,
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "laptop",
     model: Annotated[
         str | None,
@@ -109,6 +112,7 @@ def recipe(
             tasks=task,
             methods="",
             seeds=seeds,
+            steps=steps,
             search=True,
             hyperparameters=None,
             model=model,

@@ -117,6 +117,7 @@ def resolve(
     tasks: str,
     methods: str,
     seeds: int | None,
+    steps: int | None,
     search: bool | None,
     hyperparameters: Path | None,
     model: str | None,
@@ -141,14 +142,15 @@ def resolve(
     count = amounts.seeds if seeds is None else seeds
     if not 1 <= count < SEARCH_SEED:
         raise UserError(f"--seeds must be between 1 and {SEARCH_SEED - 1}, not {count}.")
-    if threads is not None and threads < 1:
-        raise UserError(f"--threads must be at least 1, not {threads}.")
+    for option, value in (("--threads", threads), ("--steps", steps)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, not {value}.")
     searching = (size != "quick" and hyperparameters is None) if search is None else search
     if searching and hyperparameters is not None:
         raise UserError("--search chooses what --hyperparameters would give: use one of the two.")
     return Settings(
         size=size,
-        amounts=replace(amounts, seeds=count),
+        amounts=replace(amounts, seeds=count, steps=amounts.steps if steps is None else steps),
         tasks=names,
         methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
         seeds=tuple(range(count)),
