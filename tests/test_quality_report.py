@@ -357,6 +357,10 @@ def test_the_terminal_fits_eighty_columns() -> None:
 # ---- the pictures ----------------------------------------------------------------------------------------------------
 
 
+def test_methods_come_by_their_kind() -> None:
+    assert list(Summary(made()).methods) == ["adamw", "swag", "ivon", "ivon_samples", "noise"]
+
+
 def test_labels_of_the_pareto_plot_cover_no_other_and_no_point() -> None:
     record = made()
     for method in METHODS:  # all at nearly one place
@@ -364,10 +368,11 @@ def test_labels_of_the_pareto_plot_cover_no_other_and_no_point() -> None:
             scores = find(record, method, seed)["domains"][0]["scores"]
             scores["nll"] = scores["ece"] = 0.5 + NLL[method][seed] / 1000
     fail(record, "noise", 0)
-    figure = pictures.pareto(Summary(record), TASK, IN)
+    summary = Summary(record)
+    figure = pictures.pareto(summary, TASK, IN)
     for ax in figure.axes:
         labels = [text for text in ax.texts if isinstance(text, Annotation)]
-        assert [label.get_text() for label in labels] == [about["title"] for about in METHODS.values()]
+        assert [label.get_text() for label in labels] == [summary.title(method) for method in summary.methods]
         boxes = [Text.get_window_extent(label) for label in labels]
         assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
         points = [ax.transData.transform(label.xy) for label in labels]

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -23,7 +23,8 @@ GROUPS = (IN, SHIFT)
 ERRORS = 2.0
 """A difference counts as decided beyond this many standard errors."""
 
-Kind = Literal["baseline", "IVON", "ablation", "peer"]
+Kind = Literal["baseline", "peer", "IVON", "ablation"]
+_KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ class Summary:
             raise ValueError(f"This record has schema {record.get('schema')}; the report reads schema 1.")
         self.record = record
         self.methods: Mapping[str, Mapping[str, Any]] = record["methods"]
+        order = sorted(self.methods, key=lambda method: (_KINDS.index(self.kind(method)), self.title(method)))
+        self.methods = {method: self.methods[method] for method in order}
         cells: Sequence[Mapping[str, Any]] = record["cells"]
         settings = record["settings"]
         self.tasks = list(settings.get("tasks") or dict.fromkeys(cell["task"] for cell in cells))
