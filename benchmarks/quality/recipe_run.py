@@ -49,8 +49,9 @@ def run(settings: Settings, trials: int, refine: int, best: int, console: Consol
         if finished and refine:
             finished = workshop.do(recipe.tries(around(recipe.best(CENTERS), refine)))
         chosen = recipe.best(best)
+        for group in (chosen, [frozen(hyper) for hyper in chosen]):
+            finished = finished and workshop.do(recipe.confirmations(group))
         chosen += [frozen(hyper) for hyper in chosen]
-        finished = finished and workshop.do(recipe.confirmations(chosen))
     record = {
         "schema": 1,
         "finished": finished,
