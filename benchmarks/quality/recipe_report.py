@@ -16,7 +16,7 @@ from rich.markdown import Markdown
 
 from benchmarks.quality.methods.ivon_frozen import FROZEN
 from benchmarks.quality.recipe import averaged_nll
-from ivon_kernels.posterior.plots import BLUE, GREY, ORANGE
+from ivon_kernels.posterior.plots import BLUE, GREY
 
 Run = Mapping[str, Any]
 SETTINGS: dict[str, tuple[str, Callable[[Run], float]]] = {
@@ -150,16 +150,14 @@ def draw_tried(record: Mapping[str, Any]) -> Figure:
 
 def draw_confirmed(record: Mapping[str, Any]) -> Figure:
     """NLL and ECE against the number of samples, and against the temperature; one line for each setting."""
-    figure = Figure(figsize=(11, 6), layout="constrained")
+    figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
-    for number, runs in enumerate(_by_setting(record["confirmed"]).values()):
-        frozen = runs[0]["hyper"]["beta2"] == FROZEN
-        style = {
-            "color": ORANGE if frozen else BLUE,
-            "alpha": 0.9 - 0.12 * (number % 6),
-            "marker": "o",
-            "markersize": 4,
-        }
+    colors: dict[str, str] = {}
+    for runs in _by_setting(record["confirmed"]).values():
+        hyper = runs[0]["hyper"]
+        name = f"lr {hyper['lr']:g}, sigma {_sigma(hyper):.2g}, hess_init {hyper['hess_init']:g}"
+        color = colors.setdefault(name, f"C{len(colors)}")
+        style = {"color": color, "linestyle": ":" if hyper["beta2"] == FROZEN else "-", "marker": "o", "markersize": 4}
         for row, score in enumerate(("nll", "ece")):
             for column, kind in enumerate(("samples", "temperatures")):
                 _line(axes[row][column], runs, kind, score, style)
@@ -169,9 +167,11 @@ def draw_confirmed(record: Mapping[str, Any]) -> Figure:
             axes[row][column].set_xlabel(label, fontsize=9)
             axes[row][column].set_ylabel(score, fontsize=9)
             axes[row][column].grid(visible=True, alpha=0.3)
-    axes[0][0].plot([], [], color=BLUE, label="Hessian learned")
-    axes[0][0].plot([], [], color=ORANGE, label="Hessian frozen")
-    axes[0][0].legend(fontsize=8)
+    for name, color in colors.items():
+        axes[0][0].plot([], [], color=color, label=name)
+    for line, label in (("-", "Hessian learned"), (":", "Hessian frozen")):
+        axes[0][0].plot([], [], color=GREY, linestyle=line, label=label)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return figure
 
 
