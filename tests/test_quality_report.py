@@ -88,8 +88,8 @@ def made(
     tasks: tuple[str, ...] = (TASK,), seeds: int = 3, *, shifted: bool = True, rated: bool = True
 ) -> dict[str, Any]:
     tried = [
-        {"hyper": {"lr": 1e-3}, "accuracy": 0.66, "nll": 0.812, "ece": 0.07, "error": None},
-        {"hyper": {"lr": 2e-3}, "accuracy": None, "nll": None, "ece": None, "error": "it diverged"},
+        {"hyper": {"lr": 1e-3}, "scores": {"accuracy": 0.66, "nll": 0.812, "ece": 0.07}, "error": None},
+        {"hyper": {"lr": 2e-3}, "scores": None, "error": "it diverged"},
     ]
     found = {"chosen": {"lr": 1e-3}, "tried": tried, "from": "search"}
     trainers = [method for method, about in METHODS.items() if about["base"] is None]

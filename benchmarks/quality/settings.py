@@ -70,7 +70,7 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON can hold them."""
-        paths = {"out": str(self.out), "hyperparameters": None if self.hyperparameters is None else "file"}
+        paths = {"out": self.out.name, "hyperparameters": None if self.hyperparameters is None else "file"}
         return {**asdict(self), **paths, "amounts": self._amounts()}
 
     def _amounts(self) -> dict[str, Any]:

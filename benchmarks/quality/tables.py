@@ -156,7 +156,8 @@ def tried(summary: Summary, task: str) -> list[str]:
         if not search["tried"]:
             rows.append([name, f"**{settings(search['chosen'])}** (given)", *[NOTHING] * len(RANKED)])
         for candidate in search["tried"]:
-            values = [NOTHING if (v := candidate.get(key)) is None else f"{v:.3f}" for key in RANKED]
+            scores = candidate["scores"] or {}
+            values = [NOTHING if (v := scores.get(key)) is None else f"{v:.3f}" for key in RANKED]
             reason = f": {cell_text(candidate['error'])}" if candidate["error"] else ""
             text = _bold(settings(candidate["hyper"]), candidate["hyper"] == search["chosen"])
             rows.append([name, f"{text}{reason}", *values])
