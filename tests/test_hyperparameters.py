@@ -229,6 +229,20 @@ def test_for_lora_is_the_published_recipe() -> None:
     assert group["ess"] >= 400 and group["hess_approx"] == "price" and optimizer.seed == 1
 
 
+@pytest.mark.parametrize(("steps", "lr"), [(50, 2.0), (1000, 0.1), (5000, 0.03), (100_000, 0.03)])
+def test_for_lora_lets_a_short_run_go_as_far(steps: int, lr: float) -> None:
+    assert IVON.for_lora(parameters(3), 400, steps=steps).param_groups[0]["lr"] == pytest.approx(lr)
+    wider = IVON.for_lora(parameters(3), 400, steps=steps, clip_radius=1e-4).param_groups[0]
+    assert wider["lr"] == pytest.approx(max(0.03, 1e3 / steps))
+    assert IVON.for_lora(parameters(3), 400, steps=steps, lr=0.2).param_groups[0]["lr"] == 0.2
+
+
+@pytest.mark.parametrize("steps", [0, -3, math.nan])
+def test_for_lora_refuses_a_bad_number_of_steps(steps: Any) -> None:
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        IVON.for_lora(parameters(3), 400, steps=steps)
+
+
 def test_for_lora_takes_every_other_argument(backend: str) -> None:
     optimizer = IVON.for_lora(
         parameters(3),
