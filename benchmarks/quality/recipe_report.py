@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -140,6 +141,7 @@ def draw_tried(record: Mapping[str, Any]) -> Figure:
         axis.scatter(xs, [averaged_nll(run) for run in record["tried"]], s=16, color=BLUE, label="averaged")
         if "share" not in title:
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(title, fontsize=9)
         axis.set_ylabel("NLL (nats)", fontsize=9)
         axis.grid(visible=True, alpha=0.3)
