@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.readme import DOCUMENTS, TABLES, fill
+
 ROOT = Path(__file__).parents[1]
 FEATURES = ["accumulation", "clipping", "AMP", "resume", "evaluation", "save"]
 
@@ -42,3 +44,18 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)\s#]+)", document.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_figures_are_those_of_the_committed_records(name: str) -> None:
+    document = (ROOT / name).read_text(encoding="utf-8")
+    assert "<!-- figures: " in document
+    assert document == fill(document, ROOT), "run python -m benchmarks readme"
+
+
+def test_a_stale_figure_is_found() -> None:
+    for name in TABLES:
+        block = f"before\n<!-- figures: {name} -->\n| 1 |\n<!-- end -->\nafter"
+        filled = fill(block, ROOT)
+        assert filled != block and filled == fill(filled, ROOT)
+        assert filled.startswith("before\n") and filled.endswith("<!-- end -->\nafter")

@@ -50,10 +50,11 @@ LAPTOP = Recipe(
     train_size=200,
     test_size=120,
     max_words=12,
-    adamw_lr=1e-3,
-    ivon_lr=0.7,
-    ess=1e6,
-    hess_init=1e-3,
+    adamw_lr=4e-3,
+    ivon_lr=1.5,
+    ess=3.2e5,
+    hess_init=0.04,
+    beta2=0.999,
 )
 LAPTOP_CHOICE = replace(LAPTOP, max_words=60)
 
