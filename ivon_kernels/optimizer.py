@@ -15,13 +15,11 @@ from ivon_kernels import distributed
 from ivon_kernels.backends import Draw
 from ivon_kernels.engine import EDITED
 from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES
+from ivon_kernels.recipe import lora_settings
 from ivon_kernels.stepper import Closure, Stepper
 from ivon_kernels.wrappers import forward_public_names
 
 __all__ = ["IVON"]
-
-_LORA_LR = 0.03  # as published, for 10,000 steps
-_LORA_TRAVEL = 0.05  # how far a weight should be able to go in a short run with a linear schedule
 
 
 # Under torch.compile the public methods are graph breaks, as those of torch's own optimizers: there is nothing to trace
@@ -153,55 +151,52 @@ class IVON(Stepper):
         num_data: int,
         *,
         steps: int | None = None,
+        sigma: float | None = None,
         lr: float | None = None,
         ess: float | None = None,
-        hess_init: float = 1e-3,
+        hess_init: float | None = None,
         weight_decay: float = 1e-6,
         clip_radius: float = 1e-3,
         beta1: float = 0.9,
-        beta2: float = 0.99999,
+        beta2: float | None = None,
         **options: Any,
     ) -> IVON:
-        """IVON with the recipe published for LoRA (arXiv 2411.04421).
+        """IVON with the recipe published for LoRA (arXiv 2411.04421), or with `sigma` that of this project's studies.
 
         Args:
             params: The LoRA parameters.
             num_data: Training examples. The posterior is never warmer than Bayes': ``ess >= num_data``.
             steps: Optimizer steps of the whole run, which decide `lr`.
+            sigma: Standard deviation that the noise starts with, ``1 / sqrt(ess * hess_init)``: 0.01 where every
+                example is seen once or twice, 0.06 where it is seen ten times (benchmarks/quality/README.md).
             lr: None takes the published 0.03, made for 10,000 steps and a linear schedule to zero. A shorter run needs
-                more, because a step moves a weight by at most ``lr * clip_radius``: with `steps` it is 0.1 /
-                (``clip_radius * steps``), never below 0.03, so that a weight can go 0.05 in all. That is what runs of
-                60 steps wanted in this project's search (benchmarks/results/recipe).
-            ess: None takes the published 1e7, or `num_data` where that is larger.
-            hess_init: As published (1e-3, or 3e-4).
+                more, because a step moves a weight by at most ``lr * clip_radius``: with `steps` it is
+                ``2 * travel / (clip_radius * steps)``, never below 0.03, so that a weight can go ``travel``, which is
+                0.045 or, if that is more, ``2 * sigma``.
+            ess: None takes the published 1e7, or `num_data` where that is larger; with `sigma` what gives it.
+            hess_init: None takes the published 1e-3; with `sigma` 0.04, or less where `ess` would be below `num_data`.
             weight_decay: ``d``.
             clip_radius: As published.
             beta1: As published.
-            beta2: As published.
+            beta2: None takes the published 0.99999; with `sigma` 0.999, in which the Hessian moves within a short run.
             **options: Further arguments of :class:`IVON`; the learning rate is not rescaled unless asked for.
 
         Raises:
-            ValueError: If `num_data` or `steps` is not positive.
+            ValueError: If `num_data`, `steps` or `sigma` is not positive, or `sigma` contradicts `ess` and `hess_init`.
             TypeError: For an option that IVON does not have.
         """
-        if not 1 <= num_data < math.inf:
-            raise ValueError(f"num_data must be at least 1, got {num_data}")
-        if steps is not None and not 1 <= steps < math.inf:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        if lr is None:
-            lr = _LORA_LR if steps is None else max(_LORA_LR, 2 * _LORA_TRAVEL / (clip_radius * steps))
-        options.setdefault("rescale_lr", False)
-        return cls(
-            params,
-            lr,
-            max(1e7, float(num_data)) if ess is None else ess,
+        settings = lora_settings(
+            num_data,
+            steps=steps,
+            sigma=sigma,
+            lr=lr,
+            ess=ess,
             hess_init=hess_init,
-            beta1=beta1,
             beta2=beta2,
-            weight_decay=weight_decay,
             clip_radius=clip_radius,
-            **options,
         )
+        options = {"rescale_lr": False, **options, **settings._asdict()}
+        return cls(params, beta1=beta1, weight_decay=weight_decay, clip_radius=clip_radius, **options)
 
     @contextmanager
     def sampled_params(self, train: bool = False, *, sample: int | None = None) -> Iterator[None]:

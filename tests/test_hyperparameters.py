@@ -1,4 +1,4 @@
-"""Hyperparameters: what is refused, what groups override, schedulers, the LoRA recipe, backends and diagnostics."""
+"""Hyperparameters: what is refused, what groups override, schedulers, backends and diagnostics."""
 
 from __future__ import annotations
 
@@ -209,72 +209,6 @@ def test_one_cycle_with_momentum_is_refused_by_torch() -> None:
     with pytest.raises(ValueError, match="momentum"):
         torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=10)
     train(optimizer, params, 1)
-
-
-# --- the LoRA recipe -------------------------------------------------------------------------------------------------
-
-
-def test_for_lora_is_the_published_recipe() -> None:
-    optimizer = IVON.for_lora(parameters(3), 400, seed=1)
-    group = optimizer.param_groups[0]
-    expected = {
-        "lr": 0.03,
-        "hess_init": 1e-3,
-        "clip_radius": 1e-3,
-        "beta2": 0.99999,
-        "rescale_lr": False,
-        "debias": True,
-    }
-    assert {key: group[key] for key in expected} == expected
-    assert group["ess"] >= 400 and group["hess_approx"] == "price" and optimizer.seed == 1
-
-
-@pytest.mark.parametrize(("steps", "lr"), [(50, 2.0), (1000, 0.1), (5000, 0.03), (100_000, 0.03)])
-def test_for_lora_lets_a_short_run_go_as_far(steps: int, lr: float) -> None:
-    assert IVON.for_lora(parameters(3), 400, steps=steps).param_groups[0]["lr"] == pytest.approx(lr)
-    wider = IVON.for_lora(parameters(3), 400, steps=steps, clip_radius=1e-4).param_groups[0]
-    assert wider["lr"] == pytest.approx(max(0.03, 1e3 / steps))
-    assert IVON.for_lora(parameters(3), 400, steps=steps, lr=0.2).param_groups[0]["lr"] == 0.2
-
-
-@pytest.mark.parametrize("steps", [0, -3, math.nan])
-def test_for_lora_refuses_a_bad_number_of_steps(steps: Any) -> None:
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        IVON.for_lora(parameters(3), 400, steps=steps)
-
-
-def test_for_lora_takes_every_other_argument(backend: str) -> None:
-    optimizer = IVON.for_lora(
-        parameters(3),
-        400,
-        lr=0.1,
-        ess=1e7,
-        hess_init=3e-4,
-        clip_radius=0.01,
-        weight_decay=1e-6,
-        mc_samples=2,
-        backend=backend,
-    )
-    group = optimizer.param_groups[0]
-    assert (group["lr"], group["ess"], group["hess_init"], group["clip_radius"]) == (0.1, 1e7, 3e-4, 0.01)
-    assert group["weight_decay"] == 1e-6
-    with pytest.raises(TypeError):
-        IVON.for_lora(parameters(3), 400, lr_rate=0.1)
-
-
-@pytest.mark.parametrize("num_data", [0, -5, math.nan])
-def test_for_lora_refuses_a_bad_data_count(num_data: Any) -> None:
-    with pytest.raises((ValueError, TypeError), match="num_data"):
-        IVON.for_lora(parameters(3), num_data)
-
-
-def test_for_lora_moves_a_weight_by_at_most_lr_times_clip(backend: str) -> None:
-    params = parameters(64)
-    optimizer = IVON.for_lora(params, 400, backend=backend, seed=0)
-    before = flat(params)
-    train(optimizer, params, 1)
-    moved = (flat(params) - before).abs()
-    assert 0 < float(moved.max()) <= 3e-5 + 2**-23 * float(before.abs().max())
 
 
 # --- seeds -----------------------------------------------------------------------------------------------------------
