@@ -20,7 +20,8 @@ DOCUMENTS = ("README.md", "benchmarks/finetune/README.md", "benchmarks/quality/R
 RESULTS = "benchmarks/results"
 _BLOCK = re.compile(r"(?P<begin><!-- figures: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 _QUALITY = ("accuracy", "nll", "ece")
-_FIRST = ("adamw", "temperature", "laplace_all", "ensemble", "ivon", "ivon_samples", "ivon_warm")
+_FIRST = ("adamw", "temperature", "laplace_all", "ivon", "ivon_samples", "ivon_long")
+_LONG = "quality-240"
 _WORKLOADS = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "128-tiny", "450-tiny")
 _CONTENDERS = {
     "ivon_kernels": "ivon_kernels cpu, sample + step",
@@ -62,9 +63,9 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def quality(results: Path, only: Sequence[str] = ()) -> list[str]:
+def quality(results: Path, only: Sequence[str] = (), study: str = "quality") -> list[str]:
     """Scores of what someone would choose, in distribution and under shift; passes of the model."""
-    summary = Summary(_read(results / "quality" / "quality.json"))
+    summary = Summary(_read(results / study / "quality.json"))
     task = summary.views[0]
     columns = [(group, key) for group in (IN, SHIFT) for key in _QUALITY]
     shown = [m for m in summary.methods if summary.kind(m) != "ablation" and (not only or m in only)]
@@ -143,7 +144,8 @@ def _bold(text: str, bold: bool) -> str:
 
 TABLES: dict[str, Callable[[Path], Iterable[str]]] = {
     "quality": quality,
-    "gains": lambda results: quality(results, _FIRST),
+    "gains": lambda results: quality(results, _FIRST, _LONG),
+    "quality_long": lambda results: quality(results, study=_LONG),
     "speed": speed,
     "host": host,
     "finetune": finetune,
