@@ -21,8 +21,7 @@ for module in (model[0], model[2], model):
     fully_shard(module)
 optimizer = IVON(model.parameters(), lr=0.05, ess=1e4, seed=0)  # the same noise at any number of ranks
 
-folder = Path(sys.argv[1])
-if folder.exists():  # written at any number of ranks
+if (folder := Path(sys.argv[1])).exists():  # written at any number of ranks
     weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
@@ -36,5 +35,6 @@ for _ in range(100):
     optimizer.zero_grad()
 weights, state = get_state_dict(model, optimizer)
 dcp.save({"model": weights, "optimizer": state}, storage_writer=dcp.FileSystemWriter(folder, overwrite=True))
-print(f"rank {rank} of {world}: loss {loss.item():.4f}")
+if rank == 0:
+    print(f"{world} ranks, loss on the first one's share {loss.item():.4f}")
 dist.destroy_process_group()
