@@ -21,8 +21,9 @@ from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Hyper, State
-from benchmarks.quality.methods import all_methods, blob, ensemble, fixed_noise, swag, temperature
+from benchmarks.quality.methods import all_methods, blob, ensemble, fixed_noise, swag
 from benchmarks.quality.methods._adapter import weights, write
+from ivon_kernels.posterior import fit_temperature
 
 # laplace-torch's dependencies call what torch has deprecated while they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -164,35 +165,33 @@ def fitted(bench: Bench, job: Job) -> tuple[Job, Tensor]:
     return job, found.probabilities
 
 
-@pytest.mark.parametrize("truth", [0.3, 1.0, 4.0])
-def test_the_temperature_is_the_best_of_a_grid(truth: float) -> None:
-    rng = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(400, 3, generator=rng, dtype=torch.float64)
-    labels = torch.multinomial((logits / truth).softmax(1), 1, generator=rng)[:, 0]
-
-    def cost(value: float) -> float:
-        return nn.functional.cross_entropy(logits / value, labels).item()
-
-    found = temperature.fitted_temperature(logits, labels)
-    grid = [math.exp(i / 100) for i in range(-250, 251)]
-    best = min(grid, key=cost)
-    assert cost(found) <= cost(best)
-    assert abs(math.log(found / best)) <= 0.01  # the grid's own step
-    assert abs(math.log(found / truth)) < 0.25
-
-
-@pytest.mark.parametrize(("right", "expected"), [(True, 1 / temperature.LIMIT), (False, temperature.LIMIT)])
-def test_labels_without_a_best_temperature_get_the_last_one(right: bool, expected: float) -> None:
-    logits = torch.eye(4, dtype=torch.float64)[:, :3]
-    labels = logits.argmax(1) if right else (logits.argmax(1) + 1) % 3
-    assert temperature.fitted_temperature(logits[:3], labels[:3]) == pytest.approx(expected)
-
-
 def test_temperature_1_is_adamw(bench: Bench, fitted: tuple[Job, Tensor]) -> None:
     job, expected = fitted
     method = METHODS["temperature"]
     assert torch.equal(method.predict(job, {}, {"temperature": 1.0}, bench.test), expected)
     assert not torch.equal(method.predict(job, {}, {"temperature": 2.0}, bench.test), expected)
+
+
+def test_scaled_samples_are_averaged_before_they_are_scaled(bench: Bench, job: Job) -> None:
+    scaled, samples = METHODS["ivon_samples_scaled"], bench.outcome("ivon_samples", 0)
+    write(job, samples.weights)
+    at_1 = scaled.predict(job, samples.state, {**samples.hyper, "temperature": 1.0}, bench.test)
+    torch.testing.assert_close(at_1, samples.probabilities, rtol=1e-12, atol=0)
+    at_2 = scaled.predict(job, samples.state, {**samples.hyper, "temperature": 2.0}, bench.test)
+    expected = samples.probabilities.sqrt()
+    torch.testing.assert_close(at_2, expected / expected.sum(1, keepdim=True), rtol=1e-12, atol=0)
+
+
+def test_scaled_samples_fit_the_temperature_to_the_average(bench: Bench, job: Job) -> None:
+    scaled, samples = METHODS["ivon_samples_scaled"], bench.outcome("ivon_samples", 0)
+    write(job, samples.weights)
+    dials = scaled.tune(job, samples.state, samples.hyper, bench.test)
+    assert dials["temperature"] == fit_temperature(samples.probabilities.log(), bench.test.labels)
+    costs = [
+        job.nll(scaled.predict(job, samples.state, {**samples.hyper, "temperature": value}, bench.test), bench.test)
+        for value in (dials["temperature"], 1.0)
+    ]
+    assert costs[0] < costs[1]
 
 
 def test_mc_dropout_of_rate_0_is_adamw(bench: Bench, fitted: tuple[Job, Tensor]) -> None:

@@ -12,6 +12,7 @@ from ivon_kernels.posterior.merging import merge
 from ivon_kernels.posterior.metrics import Scores, evaluate
 from ivon_kernels.posterior.page import report
 from ivon_kernels.posterior.prediction import Prediction, predict
+from ivon_kernels.posterior.scaling import fit_temperature, scale
 from ivon_kernels.posterior.scoring import choices, class_logits, encode_choices, next_token
 from ivon_kernels.posterior.sweeps import Sweep, sweep_pruning, sweep_temperature
 
@@ -27,12 +28,14 @@ __all__ = [
     "class_logits",
     "encode_choices",
     "evaluate",
+    "fit_temperature",
     "generate",
     "generate_averaged",
     "merge",
     "next_token",
     "predict",
     "report",
+    "scale",
     "sweep_pruning",
     "sweep_temperature",
 ]

@@ -187,17 +187,25 @@ def checked(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: they are not probabilities and labels of the same examples.
     """
-    labels = labels.detach().cpu()
     probabilities = _normalised(probabilities)
-    if labels.shape != probabilities.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
+    return probabilities, checked_labels(labels, *probabilities.shape)
+
+
+def checked_labels(labels: Tensor, rows: int, classes: int) -> Tensor:
+    """`labels` as int64 `[rows]` on the CPU.
+
+    Raises:
+        ValueError: they are not one class, from 0 to ``classes - 1``, for every row.
+    """
+    labels = labels.detach().cpu()
+    if labels.shape != (rows,) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
-            f"labels must be integers of shape [{len(probabilities)}], one per row of the probabilities, "
+            f"labels must be integers of shape [{rows}], one per row of the probabilities, "
             f"not {labels.dtype} of shape {list(labels.shape)}."
         )
-    classes = probabilities.shape[1]
     if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         raise ValueError(f"labels must be between 0 and {classes - 1}, not {int(labels.min())} to {int(labels.max())}.")
-    return probabilities, labels.long()
+    return labels.long()
 
 
 def _surest_first(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

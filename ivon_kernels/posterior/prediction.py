@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ivon_kernels.posterior.batches import Labelled, batches_of, cut, sample_numbers, split_labels, to_device
 from ivon_kernels.posterior.passes import Sampler, device_of, evaluating
+from ivon_kernels.posterior.scaling import fit_temperature, scale
 from ivon_kernels.posterior.scoring import Score, class_logits
 
 if TYPE_CHECKING:
@@ -81,6 +82,31 @@ class Prediction:
     def confidence(self) -> Tensor:
         """The probability of the most probable class, float64 ``[N]``."""
         return self.probabilities.amax(1)
+
+    def fit_temperature(self, labels: Tensor | None = None) -> float:
+        """The temperature for :meth:`scaled`, of a prediction of a validation split: :func:`.fit_temperature`.
+
+        Args:
+            labels: The right classes, integers ``[N]``; None where the batches had them.
+
+        Raises:
+            ValueError: If there are no labels, or they do not fit.
+        """
+        labels = self.labels if labels is None else labels
+        if labels is None:
+            raise ValueError("a temperature is fitted to the right classes: give labels, or batches that hold them")
+        return fit_temperature(self.probabilities.log(), labels)
+
+    def scaled(self, temperature: float) -> Tensor:
+        """The averaged probabilities under temperature scaling, float64 ``[N, C]``: :func:`.scale`.
+
+        Another prediction's :meth:`fit_temperature` gives the temperature. The parts of the entropy belong to the
+        average as it was, and have no counterpart here.
+
+        Raises:
+            ValueError: If the temperature is not a finite number above 0.
+        """
+        return scale(self.probabilities.log(), temperature)
 
     def __len__(self) -> int:
         return len(self.probabilities)
