@@ -240,6 +240,21 @@ def test_peak_memory(old: float | None, new: float | None, verdict: str | None) 
     assert bool(result.regressions) is (verdict == MORE_MEMORY)
 
 
+@pytest.mark.parametrize(("of_a_peer", "verdict"), [(7.0, "same"), (-7.0, "same"), (5.9, MORE_MEMORY)])
+def test_peak_memory_that_a_peer_changed_by_too_is_noise(of_a_peer: float, verdict: str) -> None:
+    old, new = simulated(4), simulated(4)
+    place = (old["measurements"][0]["workload"], old["measurements"][0]["dtype"])
+    for m, now in zip(old["measurements"], new["measurements"], strict=True):
+        m["peak_bytes_per_element"] = now["peak_bytes_per_element"] = 24.0
+        if m["contender"] == OURS[0]:
+            now["peak_bytes_per_element"] += 6.0
+        if m["contender"] == PEERS[0] and (m["workload"], m["dtype"]) == place:
+            now["peak_bytes_per_element"] += of_a_peer
+    found = [c for c in compared(old, new).changes if c.figure == "peak B/element" and c.key[2] == OURS[0]]
+    assert {c.verdict for c in found if c.key[:2] == place} == {verdict}
+    assert {c.verdict for c in found if c.key[:2] != place} == {MORE_MEMORY}  # a peer tells its own workload's noise
+
+
 def test_rows_that_began_to_fail_are_regressions_and_come_first() -> None:
     old = few()
     extra = copy.deepcopy(old["measurements"][1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -76,6 +76,12 @@ class _Pair:
         """Whether both have ratios, to the same baseline."""
         return bool(self.old["ratios"] and self.new["ratios"] and self.old["baseline"] == self.new["baseline"])
 
+    @property
+    def peaks(self) -> tuple[float, float] | None:
+        """Peak memory per element of both, where both have it."""
+        old, new = (m.get("peak_bytes_per_element") for m in (self.old, self.new))
+        return None if old is None or new is None else (old, new)
+
     def shift(self, series: str) -> Shift | None:
         """Of "ratios" or "rounds"; None if one of them has too few, or figures that are no times."""
         old, new = self.old[series] or [], self.new[series] or []
@@ -104,7 +110,12 @@ def compare_records(old: Record, new: Record, threshold: float) -> Comparison:
     timed = [pair for pair in common if pair.old["error"] is None and pair.new["error"] is None]
     noise, peers = _noise(timed)
     times = _times(timed, noise, threshold)
-    memory = [change for pair in timed if pair.ours and (change := _memory(pair, threshold)) is not None]
+    spread = _memory_noise(timed)
+    memory = [
+        _memory(pair.key, *pair.peaks, max(LEAST_BYTES, spread[pair.key[:2]]), threshold)
+        for pair in timed
+        if pair.ours and pair.peaks
+    ]
     ours = {pair.key for pair in common if pair.ours}
     if all(change.verdict == NOT_JUDGED or change.key not in ours for change in (*errors, *memory, *times)):
         raise UserError(f"no measurement of ours has {LEAST_ROUNDS} rounds in both records; measure without --quick")
@@ -134,16 +145,25 @@ def _error(pair: _Pair) -> Change | None:
     return Change(pair.key, pair.new["unit"], verdict, reason=str(after))
 
 
-def _memory(pair: _Pair, threshold: float) -> Change | None:
-    """The peak memory: exact figures, without noise."""
-    old, new = (m.get("peak_bytes_per_element") for m in (pair.old, pair.new))
-    if old is None or new is None:
-        return None
-    growth = new - old
-    verdict = SAME
-    if abs(growth) > max(threshold * old, LEAST_BYTES):
+def _memory_noise(pairs: Sequence[_Pair]) -> dict[tuple[str, str], float]:
+    """By workload and dtype: what the peak memory of a peer, whose code is the same, changed by at most.
+
+    An allocator's count repeats exactly. The growth of a resident set does not: it depends on what was free before.
+    """
+    noise: dict[tuple[str, str], float] = defaultdict(float)
+    for pair in pairs:
+        if not pair.ours and pair.peaks:
+            old, new = pair.peaks
+            noise[pair.key[:2]] = max(noise[pair.key[:2]], abs(new - old))
+    return noise
+
+
+def _memory(key: Key, old: float, new: float, least: float, threshold: float) -> Change:
+    """The peak memory, one figure a record; up to `least` bytes an element it is the same."""
+    growth, verdict = new - old, SAME
+    if abs(growth) > max(threshold * old, least):
         verdict = MORE_MEMORY if growth > 0 else LESS_MEMORY
-    return Change(pair.key, MEMORY, verdict, old, new, growth / old if old else None)
+    return Change(key, MEMORY, verdict, old, new, growth / old if old else None)
 
 
 def _noise(pairs: Sequence[_Pair]) -> tuple[dict[str, Noise | None], int]:

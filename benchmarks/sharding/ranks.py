@@ -90,7 +90,7 @@ def _serve(connection: Connection, rank: int, size: int, store: str, shapes: Sha
             connection.send(_block(optimizers[connection.recv()])[1:])
     except (EOFError, BrokenPipeError):  # the parent has finished
         pass
-    except Exception as error:
+    except Exception as error:  # of a rank: the parent raises it, with its text
         connection.send(f"{type(error).__name__}: {error}")
 
 

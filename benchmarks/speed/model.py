@@ -322,7 +322,7 @@ def _check(entries: Sequence[_Entry], problem: Problem) -> None:
         if entry.error is None:
             try:
                 entry.error = wrong(entry.optimizer, problem.params, problem.reset, problem.give_gradients)
-            except Exception as error:
+            except Exception as error:  # a row of the table, not the end of the suite
                 entry.error = _reason(error)
     problem.reset()
 
