@@ -31,7 +31,7 @@ from benchmarks.quality.methods.ivon import IvonMean
 from benchmarks.quality.methods.ivon_frozen import IvonFrozen
 from benchmarks.quality.methods.ivon_samples import IvonSamples
 from benchmarks.quality.methods.ivon_tempered import IvonTempered
-from benchmarks.quality.recipe import BETA2, NEAR, around, candidates
+from benchmarks.quality.recipe import BETA2, NEAR, Plan, around, candidates, parse
 from benchmarks.quality.units import Unit
 
 # PEFT asks transformers by a name that transformers is about to change.
@@ -365,3 +365,32 @@ def test_the_recipe_tries_confirms_and_freezes(tiny_model: Path, tmp_path: Path)
         assert run["temperatures"]["1"] == run["samples"]["2"]  # as many samples, the same noise
     assert (tmp_path / "recipe.md").read_text().count("|") > 100
     assert (tmp_path / "recipe_tried.png").stat().st_size > 10_000
+
+
+def test_the_recipe_tries_given_settings_instead_of_searching(tiny_model: Path, tmp_path: Path) -> None:
+    given = ["2e-3,0.05,0.01,0.99", "5e-4,0.02,0.04,0.999"]
+    arguments = ["--size=quick", "--best=0", *(f"--try={text}" for text in given), f"--out={tmp_path}"]
+    result = invoke("recipe", *arguments, f"--model={tiny_model}", "--device=cpu")
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "recipe.json").read_text())
+    found = [(run["hyper"]["lr"], run["hyper"]["ess"], run["hyper"]["beta2"]) for run in record["tried"][1:]]
+    assert found == [(2.0, 4.0e4, 0.99), (0.5, 6.2e4, 0.999)]
+    assert all(set(run["samples"]) == {"1", "2", "4", "8", "16"} for run in record["tried"])
+    assert not record["confirmed"]
+    report = (tmp_path / "recipe.md").read_text()
+    assert "6 steps" in report and f"--best 0 --try {given[0]} --try {given[1]}" in report
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-3,0.06,0.04", "a,b,c,d", "0,0.06,0.04,0.9", "1,1,inf,0.9", "1,1,1,1", "nan,1,1,0"]
+)
+def test_given_settings_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--try"):
+        parse(text)
+
+
+def test_a_plan_must_try_something() -> None:
+    assert Plan(0, -1, 0, ("1e-3,0.06,0.04,0.999",)).given
+    for plan in ((0, 0, 1), (1, 0, 0), (1, -1, 1)):
+        with pytest.raises(UserError, match="at least"):
+            Plan(*plan)

@@ -89,6 +89,10 @@ def recipe(
     trials: Annotated[int, typer.Option(help="Settings to try, one training run each.")] = 32,
     refine: Annotated[int, typer.Option(help="Settings to try around the best of these.")] = 12,
     best: Annotated[int, typer.Option(help="Of these, how many to run again with other seeds.")] = 4,
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--try", metavar="STEP,SIGMA,HESS_INIT,BETA2", help="Try this instead of searching; repeatable."),
+    ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many other seeds; default by size.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps; default by size and task.")] = None,
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "laptop",
@@ -105,8 +109,9 @@ def recipe(
     Ctrl-C keeps every finished run; the same command goes on from there.
     """
     try:
-        if min(trials, best) < 1 or refine < 0:
-            raise UserError("--trials and --best must be at least 1, and --refine at least 0.")
+        from benchmarks.quality.recipe import Plan
+
+        plan = Plan(trials, refine, best, tuple(given or ()))
         settings = resolve(
             size=size,
             tasks=task,
@@ -125,7 +130,7 @@ def recipe(
 
         from benchmarks.quality.recipe_run import run
 
-        finished = run(settings, trials, refine, best, Console())
+        finished = run(settings, plan, Console())
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None

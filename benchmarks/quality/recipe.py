@@ -17,11 +17,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import UserError
 from benchmarks.quality.bench import Bench, scores_of
 from benchmarks.quality.cells import Cells, key_of
 from benchmarks.quality.method import Hyper
@@ -40,6 +42,52 @@ BETA2 = (0.99999, 0.999, 0.99, 0.9)
 SAMPLES = (1, 2, 4, 8, 16)
 TEMPERATURES = (0.1, 0.3, 1.0, 3.0, 10.0)
 TRIED, CONFIRMED = "tried", "confirmed"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many settings a search tries, and how many it runs again."""
+
+    trials: int
+    """Tried all over the space."""
+    refine: int
+    """Tried around the best of these."""
+    best: int
+    """Of all, run again with other seeds."""
+    given: tuple[str, ...] = ()
+    """Tried instead of a search, with as many samples as the confirmations have; see `parse`."""
+
+    def __post_init__(self) -> None:
+        if self.given:
+            if self.best < 0:
+                raise UserError(f"--best must be at least 0, not {self.best}.")
+        elif min(self.trials, self.best) < 1 or self.refine < 0:
+            raise UserError("--trials and --best must be at least 1, and --refine at least 0.")
+
+    def record(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"best": self.best} | (
+            {"given": list(self.given)} if self.given else {"trials": self.trials, "refine": self.refine}
+        )
+
+
+def parse(text: str) -> Hyper:
+    """Settings from ``STEP,SIGMA,HESS_INIT,BETA2``, as in ``1e-3,0.06,0.04,0.999``.
+
+    Raises:
+        UserError: It is not four numbers in their ranges.
+    """
+    try:
+        step, sigma, hess_init, beta2 = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--try takes four numbers, STEP,SIGMA,HESS_INIT,BETA2 (1e-3,0.06,0.04,0.999), not '{text}'."
+        ) from None
+    if not (min(step, sigma, hess_init) > 0.0 and 0.0 <= beta2 < 1.0 and max(step, sigma, hess_init) < math.inf):
+        raise UserError(
+            f"--try: step, sigma and hess_init must be positive and finite, and beta2 in [0, 1), not '{text}'."
+        )
+    return _hyper(step, sigma, hess_init, beta2)
 
 
 def candidates(count: int) -> list[Hyper]:
@@ -103,10 +151,11 @@ class Recipe:
         self.trials: list[Hyper] = []
         self._bench, self._seeds = bench, seeds
 
-    def tries(self, trials: Sequence[Hyper]) -> list[Unit]:
-        """More trials, one seed each."""
+    def tries(self, trials: Sequence[Hyper], samples: int | None = None) -> list[Unit]:
+        """More trials, one seed each; with as many samples as the size's searches have, or with so many."""
         self.trials += [hyper for hyper in trials if hyper not in self.trials]
-        return [self._unit(TRIED, hyper, SEARCH_SEED, self._bench.amounts.search_samples) for hyper in trials]
+        samples = self._bench.amounts.search_samples if samples is None else samples
+        return [self._unit(TRIED, hyper, SEARCH_SEED, samples) for hyper in trials]
 
     def confirmations(self, chosen: Sequence[Hyper]) -> list[Unit]:
         """Settings that were chosen, with other seeds and more samples."""

@@ -103,12 +103,16 @@ def print_tables(console: Console, record: Mapping[str, Any]) -> None:
 
 def write_report(record: Mapping[str, Any], folder: Path) -> None:
     """Writes `recipe.md` with its pictures."""
+    settings = record["settings"]
     lines = [
         "# Which settings make IVON good?",
         "",
-        f"{record['settings']['tasks'][0]}, {record['device']}. Judged on the validation split; the test split was "
-        "not looked at. `python -m benchmarks recipe` repeats it.",
+        f"{settings['tasks'][0]}, {settings['amounts']['steps']} steps, {record['device']}. Judged on the validation "
+        "split; the test split was not looked at.",
+        *(["The settings were chosen by hand; the main job's are among them."] if settings.get("given") else []),
+        "To repeat it:",
         "",
+        *["```bash", _command(settings), "```", ""],
     ]
     if record["tried"]:
         draw_tried(record).savefig(folder / "recipe_tried.png", dpi=150)
@@ -124,6 +128,13 @@ def write_report(record: Mapping[str, Any], folder: Path) -> None:
             headers = [*HEADERS, *(f"mean: {s}" for s in SCORES), *(f"averaged: {s}" for s in SCORES)]
             lines += [f"## {title}", "", *_table([headers, *rows]), ""]
     (folder / "recipe.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _command(settings: Mapping[str, Any]) -> str:
+    parts = [f"python -m benchmarks recipe --task {settings['tasks'][0]} --size {settings['size']}"]
+    parts += [f"--steps {settings['amounts']['steps']} --seeds {len(settings['seeds'])} --best {settings['best']}"]
+    parts += [f"--{name} {settings[name]}" for name in ("trials", "refine") if name in settings]
+    return " ".join([*parts, *(f"--try {text}" for text in settings.get("given", []))])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -15,7 +15,7 @@ from benchmarks.finetune.tasks import find_task
 from benchmarks.quality import recipe_report
 from benchmarks.quality.cells import Cells, write_json
 from benchmarks.quality.method import Hyper
-from benchmarks.quality.recipe import CONFIRMED, TRIED, Recipe, around, candidates, frozen
+from benchmarks.quality.recipe import CONFIRMED, SAMPLES, TRIED, Plan, Recipe, around, candidates, frozen, parse
 from benchmarks.quality.settings import Settings
 from benchmarks.quality.workshop import Workshop
 
@@ -24,19 +24,18 @@ CENTERS = 3
 """Settings around which more are tried."""
 
 
-def run(settings: Settings, trials: int, refine: int, best: int, console: Console) -> bool:
+def run(settings: Settings, plan: Plan, console: Console) -> bool:
     """Tries, confirms and reports; False when Ctrl-C cut it short.
 
     Args:
         settings: Sizes, model, device and folder; the first task is searched on.
-        trials: How many settings are tried all over the space.
-        refine: How many are tried around the best of these.
-        best: How many of them are confirmed.
+        plan: How many settings are tried and confirmed.
         console: For progress and tables.
 
     Raises:
-        UserError: Model, data or device cannot be had.
+        UserError: Model, data or device cannot be had, or a given setting is none.
     """
+    given = [parse(text) for text in plan.given]
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = find_device(settings.device)
@@ -45,17 +44,20 @@ def run(settings: Settings, trials: int, refine: int, best: int, console: Consol
     task = settings.tasks[0]
     with Workshop(settings, cells, device, console) as workshop:
         recipe = Recipe(task, cells, workshop.bench(task), len(settings.seeds))
-        finished = workshop.do(recipe.tries([of_main_job(task), *candidates(trials)]))
-        if finished and refine:
-            finished = workshop.do(recipe.tries(around(recipe.best(CENTERS), refine)))
-        chosen = recipe.best(best)
+        if given:
+            finished = workshop.do(recipe.tries([of_main_job(task), *given], max(SAMPLES)))
+        else:
+            finished = workshop.do(recipe.tries([of_main_job(task), *candidates(plan.trials)]))
+            if finished and plan.refine:
+                finished = workshop.do(recipe.tries(around(recipe.best(CENTERS), plan.refine)))
+        chosen = recipe.best(plan.best)
         for group in (chosen, [frozen(hyper) for hyper in chosen]):
             finished = finished and workshop.do(recipe.confirmations(group))
         chosen += [frozen(hyper) for hyper in chosen]
     record = {
         "schema": 1,
         "finished": finished,
-        "settings": {**settings.record(), "trials": trials, "refine": refine, "best": best},
+        "settings": {**settings.record(), **plan.record()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "tried": list(recipe.found(TRIED, recipe.trials)),

@@ -43,7 +43,7 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(8, 64, 20, 32, 6, samples=4, search_samples=2, seeds=1, max_words=10),
+    "quick": Size(6, 48, 16, 20, 4, samples=3, search_samples=2, seeds=1, max_words=10),
     "laptop": Size(None, 200, 150, 200, 60, samples=10, search_samples=4, seeds=3),
     "full": Size(300, 1500, 500, 1000, 500, samples=10, search_samples=10, seeds=5, max_words=60, batch_size=16),
 }

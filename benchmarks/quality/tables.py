@@ -45,7 +45,7 @@ def scores(summary: Summary, task: str, group: str, keys: Sequence[str]) -> list
     rows = []
     for method in summary.methods:
         found = {key: summary.score(task, group, method, key) for key in keys}
-        cells = [_bold(_number(value), value is not None and value.mean == best[key]) for key, value in found.items()]
+        cells = [bold(number(value), value is not None and value.mean == best[key]) for key, value in found.items()]
         rows.append([_name(summary, method, found.values()), *cells])
     return table(["", *(METRICS[key].title for key in keys)], rows)
 
@@ -64,8 +64,8 @@ def differences(summary: Summary, task: str, group: str, keys: Sequence[str]) ->
 def mark(value: Estimate | None, key: str) -> str:
     """A difference, with a mark for better or worse if it is decided."""
     if value is None or not value.decided:
-        return _number(value, signed=True)
-    return f"{_number(value, signed=True)} {BETTER if METRICS[key].better(value.mean, 0) else WORSE}"
+        return number(value, signed=True)
+    return f"{number(value, signed=True)} {BETTER if METRICS[key].better(value.mean, 0) else WORSE}"
 
 
 def ranks(summary: Summary) -> list[str]:
@@ -103,10 +103,10 @@ def lost(summary: Summary) -> list[str]:
     for found in summary.lost():
         values = {m: summary.score(found.task, found.group, m, found.metric) for m in (found.ours, *found.ahead)}
         ahead = [
-            f"{cell_text(summary.title(method))} {_number(values[method])} ({mark(gap, found.metric)})"
+            f"{cell_text(summary.title(method))} {number(values[method])} ({mark(gap, found.metric)})"
             for method, gap in found.ahead.items()
         ]
-        ours = f"{cell_text(summary.title(found.ours))} {_number(values[found.ours])}"
+        ours = f"{cell_text(summary.title(found.ours))} {number(values[found.ours])}"
         rows.append([found.task, found.group, METRICS[found.metric].title, ours, "; ".join(ahead)])
     return table(["task", "domains", "metric", "the best of IVON", "better ones (IVON less it)"], rows, left=5)
 
@@ -159,7 +159,7 @@ def tried(summary: Summary, task: str) -> list[str]:
             scores = candidate["scores"] or {}
             values = [NOTHING if (v := scores.get(key)) is None else f"{v:.3f}" for key in RANKED]
             reason = f": {cell_text(candidate['error'])}" if candidate["error"] else ""
-            text = _bold(settings(candidate["hyper"]), candidate["hyper"] == search["chosen"])
+            text = bold(settings(candidate["hyper"]), candidate["hyper"] == search["chosen"])
             rows.append([name, f"{text}{reason}", *values])
     return table(["", "candidate", *(METRICS[key].title for key in RANKED)], rows, left=2)
 
@@ -229,14 +229,16 @@ def _name(summary: Summary, method: str, found: Iterable[Estimate | None]) -> st
     return f"{title} ({len(seeds)} of {len(summary.seeds)} seeds)" if seeds else f"{title} (no scores)"
 
 
-def _number(value: Estimate | None, *, signed: bool = False) -> str:
+def number(value: Estimate | None, *, signed: bool = False) -> str:
+    """A mean with its standard error."""
     if value is None:
         return NOTHING
     mean = f"{value.mean:{'+' if signed else ''}.3f}"
     return mean if value.error is None else f"{mean} ± {value.error:.3f}"
 
 
-def _bold(text: str, chosen: bool) -> str:
+def bold(text: str, chosen: bool) -> str:
+    """The text, bold where it is the chosen one."""
     return f"**{text}**" if chosen else text
 
 
