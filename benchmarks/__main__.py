@@ -6,7 +6,7 @@ from benchmarks.compare.cli import compare
 from benchmarks.evaluate.cli import evaluate
 from benchmarks.finetune.cli import finetune
 from benchmarks.quality.cli import quality, recipe
-from benchmarks.readme import readme
+from benchmarks.readme.cli import readme
 from benchmarks.sharding.cli import sharding
 from benchmarks.speed.cli import speed
 from benchmarks.stacking.cli import stacking

@@ -12,16 +12,23 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.summary import IN, METRICS, SHIFT, Estimate, Summary
-from benchmarks.quality.tables import table
+from benchmarks.quality.summary import IN, METRICS, SHIFT, Summary
+from benchmarks.quality.tables import NOTHING, bold, mark, number, table
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "benchmarks/finetune/README.md", "benchmarks/quality/README.md", "docs/gpu-kernels.md")
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = (
+    "README.md",
+    "benchmarks/evaluate/README.md",
+    "benchmarks/finetune/README.md",
+    "benchmarks/quality/README.md",
+    "docs/gpu-kernels.md",
+)
 RESULTS = "benchmarks/results"
 _BLOCK = re.compile(r"(?P<begin><!-- figures: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 _QUALITY = ("accuracy", "nll", "ece")
-_FIRST = ("adamw", "temperature", "laplace_all", "ivon", "ivon_samples", "ivon_long")
+_FIRST = ("adamw", "temperature", "laplace_all", "ivon_long", "ivon_samples", "ivon_samples_scaled")
 _LONG = "quality-240"
+_PAIRED = (*_QUALITY, "brier", "vote_cross_entropy")
 _WORKLOADS = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "128-tiny", "450-tiny")
 _CONTENDERS = {
     "ivon_kernels": "ivon_kernels cpu, sample + step",
@@ -51,8 +58,8 @@ def fill(document: str, root: Path) -> str:
     return _BLOCK.sub(block, document)
 
 
-def readme() -> None:
-    """Write the tables of README.md and of other documents from the committed records."""
+def write() -> None:
+    """Write the blocks of all `DOCUMENTS`."""
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(fill(path.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
@@ -69,15 +76,32 @@ def quality(results: Path, only: Sequence[str] = (), study: str = "quality") -> 
     task = summary.views[0]
     columns = [(group, key) for group in (IN, SHIFT) for key in _QUALITY]
     shown = [m for m in summary.methods if summary.kind(m) != "ablation" and (not only or m in only)]
-    best = {column: next(m for m in summary.ranking(task, *column) if m in shown) for column in columns}
+    leaders = {column: next(m for m in summary.ranking(task, *column) if m in shown) for column in columns}
+    best = {column: summary.score(task, column[0], leader, column[1]) for column, leader in leaders.items()}
     rows = []
     for method in shown:
         scores = {column: summary.score(task, column[0], method, column[1]) for column in columns}
         passes = summary.cost(task, method, "passes")
-        cells = [_bold(_estimate(score), best[column] == method) for column, score in scores.items()]
-        rows.append([summary.title(method), *cells, "-" if passes is None else f"{passes.mean:.0f}"])
-    names = [METRICS[key].title + (", shift" if group == SHIFT else "") for group, key in columns]
-    return table(["", *names, "passes"], rows)
+        cells = [bold(number(score), score == best[column]) for column, score in scores.items()]
+        rows.append([summary.title(method), *cells, NOTHING if passes is None else f"{passes.mean:.0f}"])
+    return table(["", *map(_title, columns), "passes"], rows)
+
+
+def _title(column: tuple[str, str]) -> str:
+    group, key = column
+    return METRICS[key].title + (", shift" if group == SHIFT else "")
+
+
+def repaired(results: Path) -> list[str]:
+    """IVON's scaled samples less what repairs AdamW after training, paired by seed."""
+    summary = Summary(_read(results / _LONG / "quality.json"))
+    task, method = summary.views[0], "ivon_samples_scaled"
+    columns = [(IN, key) for key in _PAIRED] + [(SHIFT, key) for key in _QUALITY]
+    rows = []
+    for other in ("adamw", "temperature", "laplace_all"):
+        found = [mark(summary.difference(task, group, method, key, other), key) for group, key in columns]
+        rows.append([f"less {summary.title(other)}", *found])
+    return table([summary.title(method), *map(_title, columns)], rows)
 
 
 def speed(results: Path) -> list[str]:
@@ -120,6 +144,19 @@ def finetune(results: Path) -> list[str]:
     return table(["", "accuracy", "NLL", "ECE", "Brier"], rows)
 
 
+def evaluate(results: Path) -> list[str]:
+    """The main job's posterior, at the mean, by samples and with its dials, domain by domain."""
+    record = _read(results / "evaluate" / "evaluate.json")
+    keys = (*_QUALITY, "brier", "auroc_errors", "vote_cross_entropy")
+    rows = []
+    for domain in record["domains"]:
+        place = f"{domain['task']}, {'under shift' if domain['shift'] else 'in distribution'}"
+        for index, row in enumerate(domain["rows"]):
+            scores = [NOTHING if row["scores"][key] is None else f"{row['scores'][key]:.3f}" for key in keys]
+            rows.append(["" if index else place, row["name"], *scores])
+    return table(["", "", "accuracy", "NLL", "ECE", "Brier", "AUROC", "votes"], rows, left=2)
+
+
 def stacking(results: Path) -> list[str]:
     """Ten samples in one pass over ten passes, by batch, and what the adapters take."""
     record = _read(results / "stacking" / "stacking.json")
@@ -132,22 +169,14 @@ def stacking(results: Path) -> list[str]:
     return table(["sequences of 32 tokens", "ten passes", "stacked in one", "ratio"], rows)
 
 
-def _estimate(value: Estimate | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value.mean:.3f}" if value.error is None else f"{value.mean:.3f} ± {value.error:.3f}"
-
-
-def _bold(text: str, bold: bool) -> str:
-    return f"**{text}**" if bold else text
-
-
 TABLES: dict[str, Callable[[Path], Iterable[str]]] = {
     "quality": quality,
     "gains": lambda results: quality(results, _FIRST, _LONG),
     "quality_long": lambda results: quality(results, study=_LONG),
+    "repaired": repaired,
     "speed": speed,
     "host": host,
     "finetune": finetune,
+    "evaluate": evaluate,
     "stacking": stacking,
 }
