@@ -26,7 +26,7 @@ DOCUMENTS = (
 RESULTS = "benchmarks/results"
 _BLOCK = re.compile(r"(?P<begin><!-- figures: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 _QUALITY = ("accuracy", "nll", "ece")
-_FIRST = ("adamw", "temperature", "laplace_all", "ivon_long", "ivon_samples", "ivon_samples_scaled")
+_FIRST = ("adamw", "temperature", "laplace_all", "ensemble", "ivon_long", "ivon_samples", "ivon_samples_scaled")
 _LONG = "quality-240"
 _PAIRED = (*_QUALITY, "brier", "vote_cross_entropy")
 _WORKLOADS = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "128-tiny", "450-tiny")
@@ -93,12 +93,12 @@ def _title(column: tuple[str, str]) -> str:
 
 
 def repaired(results: Path) -> list[str]:
-    """IVON's scaled samples less what repairs AdamW after training, paired by seed."""
+    """IVON's scaled samples less AdamW, what repairs it after training, and an ensemble of it, paired by seed."""
     summary = Summary(_read(results / _LONG / "quality.json"))
     task, method = summary.views[0], "ivon_samples_scaled"
     columns = [(IN, key) for key in _PAIRED] + [(SHIFT, key) for key in _QUALITY]
     rows = []
-    for other in ("adamw", "temperature", "laplace_all"):
+    for other in ("adamw", "temperature", "laplace_all", "ensemble"):
         found = [mark(summary.difference(task, group, method, key, other), key) for group, key in columns]
         rows.append([f"less {summary.title(other)}", *found])
     return table([summary.title(method), *map(_title, columns)], rows)
