@@ -46,7 +46,11 @@ TRIED, CONFIRMED = "tried", "confirmed"
 
 @dataclass(frozen=True)
 class Plan:
-    """How many settings a search tries, and how many it runs again."""
+    """How many settings a search tries, and how many it runs again.
+
+    Raises:
+        UserError: There is nothing to try, or a number is negative.
+    """
 
     trials: int
     """Tried all over the space."""

@@ -29,7 +29,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         From ``1 / LIMIT`` to ``LIMIT``: above 1 where the predictions are too sure.
 
     Raises:
-        ValueError: If a shape or a label is wrong, or a logit is nan or +inf.
+        ValueError: If a shape or a label is wrong, a logit is nan or +inf, or a row is -inf in every class.
     """
     # Finite also where a probability is 0, so that every class has a gradient.
     logs = _checked(logits).log_softmax(1).clamp_min(math.log(torch.finfo(torch.float64).tiny))
