@@ -35,12 +35,12 @@ readonly SKIPPED=77
 if [[ -n $dry ]]; then
   export TRITON_INTERPRET=0 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
   backend=cpu
-  tests=(tests/test_noise.py)
+  tests=(tests/kernels/test_noise.py)
   size=(--dry-run --threads 1 --rounds 1 --turn-ms 1 --max-elements 200)
 else
   export TRITON_INTERPRET=0  # tests/conftest.py would switch the interpreter on
   backend=cuda
-  mapfile -t tests < <(grep -l 'mark\.gpu' tests/test_*.py) # others may import what is not there
+  mapfile -t tests < <(grep -rl 'mark\.gpu' tests --include='test_*.py') # others may import what is not there
   size=(--device cuda --no-compile --rounds 3 --turn-ms 150)
 fi
 

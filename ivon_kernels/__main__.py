@@ -7,8 +7,9 @@ import platform
 import torch
 
 import ivon_kernels
-from ivon_kernels import available_backends, pointers
+from ivon_kernels import available_backends
 from ivon_kernels._native import build_info
+from ivon_kernels.backends import addresses as pointers
 from ivon_kernels.backends import cpu
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ivon_kernels import hyperparameters
-from ivon_kernels.arena import STATE_KEYS
+from ivon_kernels.backends.state import STATE_KEYS
 
 _IVON_OPT_ONLY = ("numel", "momentum", "hess")
 

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from ivon_kernels import distributed, holders
-from ivon_kernels.arena import Slot, SlotList
+from ivon_kernels import holders
 from ivon_kernels.backends import Backend, DeviceBackend, Draw
+from ivon_kernels.backends.state import Launch, ParamState
 from ivon_kernels.gradients import Samples
 from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES
 from ivon_kernels.store import Store
+from ivon_kernels.training import replicas as distributed
 
-Launches = list[tuple[Backend, SlotList]]
+Launches = list[tuple[Backend, Launch]]
 
 _WATCHED = 8  # parameters, at most
 _VERSION_OF = operator.attrgetter("_version")
@@ -262,7 +263,7 @@ class Engine(Store):
             [slot for slot in self._active_slots if slot.grad is not None or (slot.summed and not only_last)]
         )
 
-    def _point_to_slots(self, slots: list[Slot]) -> Launches:
+    def _point_to_slots(self, slots: list[ParamState]) -> Launches:
         """Launches of some of the active slots, with the gradients that the slots hold."""
         launches = self._launches(slots)
         for _, part in launches:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ivon_kernels import sharding
-from ivon_kernels.arena import Slot
+from ivon_kernels.backends.state import ParamState
 
 _PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -49,7 +49,7 @@ def check_parameter(param: Tensor, name: str) -> None:
         raise ValueError(f"{name} has elements that share memory (an expanded tensor); give IVON a clone of it")
 
 
-def check_gradient(slot: Slot, grad: Tensor) -> Tensor:
+def check_gradient(slot: ParamState, grad: Tensor) -> Tensor:
     """The gradient in a form that the backends take.
 
     Raises:
@@ -80,16 +80,16 @@ class Samples:
     folded: int = 0  # samples whose gradients are in the sums
     of_all_ranks: int = 0  # samples in the sums once they are those of all ranks (sync=True)
     nonfinite: str | None = None  # parameter whose gradient was not finite in a folded sample
-    closed: dict[Slot, tuple[Tensor, int]] = field(default_factory=dict)
+    closed: dict[ParamState, tuple[Tensor, int]] = field(default_factory=dict)
 
-    def close(self, slots: Iterable[Slot]) -> None:
+    def close(self, slots: Iterable[ParamState]) -> None:
         """Remember the gradients at the end of a block."""
         for slot in slots:
             grad = slot.grad_now()
             if grad is not None:
                 self.closed[slot] = (grad, grad._version)
 
-    def take(self, slots: Iterable[Slot]) -> None:
+    def take(self, slots: Iterable[ParamState]) -> None:
         """Set each slot's `grad` to the gradient of the last sample, or None."""
         closed, strided, double = self.closed, torch.strided, torch.float64
         for slot in slots:

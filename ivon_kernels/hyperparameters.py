@@ -131,7 +131,7 @@ def _lr_factor(group: dict[str, Any]) -> float:
     return float(group["hess_init"]) + float(group["weight_decay"]) if group["rescale_lr"] else 1.0
 
 
-class Rows:
+class GroupScalars:
     """What the parameter groups tell one launch, as struct GroupRow of csrc/rows.h.
 
     Attributes:

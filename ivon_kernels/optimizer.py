@@ -11,13 +11,13 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from ivon_kernels import distributed
 from ivon_kernels.backends import Draw
 from ivon_kernels.engine import EDITED
 from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES
-from ivon_kernels.recipe import lora_settings
 from ivon_kernels.stepper import Closure, Stepper
-from ivon_kernels.wrappers import forward_public_names
+from ivon_kernels.training import replicas as distributed
+from ivon_kernels.training.recipe import lora_settings
+from ivon_kernels.training.wrapped import forward_public_names
 
 __all__ = ["IVON"]
 

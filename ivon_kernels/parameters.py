@@ -13,10 +13,10 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ivon_kernels import hyperparameters, sharding
-from ivon_kernels.arena import Arena, Slot, SlotList, by_backend, state_dtype
-from ivon_kernels.backends import Backend, Control, Draw, choose
+from ivon_kernels.backends import Backend, DeviceFlags, Draw, choose
+from ivon_kernels.backends.state import Arena, Launch, ParamState, by_backend, state_dtype
 from ivon_kernels.gradients import Samples, check_parameter
-from ivon_kernels.hyperparameters import Rows
+from ivon_kernels.hyperparameters import GroupScalars
 
 _MAX_SUBSETS = 64  # of the active slots, which models that leave parameters unused have
 _Place = tuple[Tensor, int, int]  # parameter, its group, its index among all parameters
@@ -31,21 +31,21 @@ class Parameters(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], backend: str | None) -> None:
         self._backend_name = backend
-        self._slots: dict[Tensor, Slot] = {}
-        self._ordered: list[Slot] = []  # all slots, in the parameters' order
+        self._slots: dict[Tensor, ParamState] = {}
+        self._ordered: list[ParamState] = []  # all slots, in the parameters' order
         self._stateless: list[_Place] = []  # frozen parameters
-        self._rows = Rows()
-        self._controls: dict[torch.device, Control] = {}
+        self._rows = GroupScalars()
+        self._controls: dict[torch.device, DeviceFlags] = {}
         self._lr: dict[int, Tensor] = {}  # learning rate of each group, with capturable
         self._lists: list[list[Tensor]] = []  # the parameters of each group
         self._stale = False  # the active slots have to be chosen again
         self._grads_in_slots = False
-        self._frozen: list[Slot] = []  # slots of parameters that were trained and are frozen now
+        self._frozen: list[ParamState] = []  # slots of parameters that were trained and are frozen now
         self._activate([])
         self._samples = Samples()
         self._held: Draw | None = None  # the sample in the weights; None: the mean
         self._skipped = 0  # steps that the host skipped
-        self._mean_copies: dict[Slot, Tensor] = {}  # handed out by mean_of, while a sample is in the weights
+        self._mean_copies: dict[ParamState, Tensor] = {}  # handed out by mean_of, while a sample is in the weights
         self._loading: dict[str, Any] | None = None  # the state dict that load_state_dict is taking over
         super().__init__(params, defaults)
 
@@ -161,10 +161,10 @@ class Parameters(Optimizer):
                 arena = Arena(sizes, device, dtype, keep_noise=keep_noise)
                 if any(backend.on_device for backend in backends):
                     if device not in self._controls:
-                        self._controls[device] = Control(device)
+                        self._controls[device] = DeviceFlags(device)
                     arena.control = self._controls[device]
                 for position, ((param, number, index), backend) in enumerate(zip(bucket, backends, strict=True)):
-                    slot = Slot.of(param, names[param], index, number, backend, arena, position)
+                    slot = ParamState.of(param, names[param], index, number, backend, arena, position)
                     slot.set_state(saved.get(param), float(self.param_groups[number]["hess_init"]))
                     self._slots[param] = slot
                     self.state[param] = slot.state()
@@ -207,7 +207,7 @@ class Parameters(Optimizer):
             [p for p in places if self._needs_state(p[0]) or (p[0] in saved and p[0] not in self._slots)], saved
         )
 
-    def _activate(self, slots: list[Slot]) -> None:
+    def _activate(self, slots: list[ParamState]) -> None:
         """Make these the slots whose weights are sampled."""
         self._active_slots = slots
         self._active = by_backend(slots, self._rows)
@@ -217,7 +217,7 @@ class Parameters(Optimizer):
         # With sync=True the ranks have to agree on whether to step, so the host decides.
         self._on_device = bool(slots) and all(backend.on_device for backend, _ in self._active) and not self.sync
         self._on_cuda = self._on_device and slots[0].param.is_cuda
-        self._subsets: dict[tuple[int, ...], list[tuple[Backend, SlotList]]] = {}
+        self._subsets: dict[tuple[int, ...], list[tuple[Backend, Launch]]] = {}
 
     def _announce(self, params: list[Tensor], fsdp: list[Any]) -> None:
         """The weights were written: autograd sees another version, and FSDP2 gathers them anew."""
@@ -226,7 +226,7 @@ class Parameters(Optimizer):
         for module in fsdp:
             module.reshard()
 
-    def _launches(self, slots: list[Slot]) -> list[tuple[Backend, SlotList]]:
+    def _launches(self, slots: list[ParamState]) -> list[tuple[Backend, Launch]]:
         """The launches of some of the active slots; lists that were needed before are found again."""
         if len(slots) == len(self._active_slots):
             return self._active
@@ -237,7 +237,7 @@ class Parameters(Optimizer):
             self._subsets[key] = by_backend(slots, self._rows)
         return self._subsets[key]
 
-    def _follow_moves(self, slots: list[Slot]) -> bool:
+    def _follow_moves(self, slots: list[ParamState]) -> bool:
         """Keep up with parameters whose memory, strides, device or dtype changed. Returns whether there were any."""
         moved = [slot for slot in slots if slot.moved()]
         for slot in moved:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ivon_kernels import distributed
 from ivon_kernels.backends import DeviceBackend, Guard
 from ivon_kernels.backends.device import BAD
 from ivon_kernels.engine import Engine, Launches
 from ivon_kernels.gradients import EarlierGradient, NonFiniteGradientError
+from ivon_kernels.training import replicas as distributed
 
 Closure = Callable[[], Any]
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from ivon_kernels import checkpoint, diagnostics, sharding
-from ivon_kernels.arena import Slot, by_backend
+from ivon_kernels import checkpoint, sharding
+from ivon_kernels.backends.state import ParamState, by_backend
 from ivon_kernels.gradients import Samples
-from ivon_kernels.hyperparameters import Rows
+from ivon_kernels.hyperparameters import GroupScalars
 from ivon_kernels.parameters import Parameters
+from ivon_kernels.training import diagnostics
 
 if TYPE_CHECKING:
     from ivon_kernels.optimizer import IVON
@@ -78,7 +79,7 @@ class Store(Parameters):
             moved); ``clipped`` is the share of elements whose last direction the clip radius binds.
         """
         self._adopt_edits()
-        groups: list[list[Slot]] = [[] for _ in self.param_groups]
+        groups: list[list[ParamState]] = [[] for _ in self.param_groups]
         for slot in self._ordered:
             groups[slot.group].append(slot)
         return [diagnostics.summarize(group, slots) for group, slots in zip(self.param_groups, groups, strict=True)]
@@ -137,7 +138,7 @@ class Store(Parameters):
         own, (count, replay, folded, nonfinite), sums, active, found = restored
         self.__dict__.update(own)
         self._slots, self._ordered, self._loading, self._mean_copies, self._lists = {}, [], None, {}, []
-        self._rows, self._controls, self._lr, self._grads_in_slots, self._frozen = Rows(), {}, {}, False, []
+        self._rows, self._controls, self._lr, self._grads_in_slots, self._frozen = GroupScalars(), {}, {}, False, []
         self._hold_lr()
         self._samples = Samples(count, replay, folded=folded, nonfinite=nonfinite)
         self._set_state(dict(self.state))

@@ -13,8 +13,8 @@ from hypothesis import settings
 
 from ivon_kernels import available_backends, backends
 from ivon_kernels.backends.triton_launch import interpreted
-from tests import cuda_emulator
-from tests.ranks import Ranks
+from tests.support import cuda_emulator
+from tests.support.ranks import Ranks
 
 interpreted()  # decides it for good: a test may change the variable later
 

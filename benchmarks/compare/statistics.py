@@ -16,9 +16,9 @@ records has no ratio).
   :data:`FALSE_ALARMS`. Where no code changed, that is the largest probability of any alarm in a whole comparison, and
   else the share of what is reported that is expected not to be slower at all, as far as the noise has been told right.
 
-`tests/test_compare.py` simulates it: with noise of 5% in a round, 10 rounds and 1% from run to run, a slowdown by 15%
-of a quarter of 96 measurements is found in more than 80% of them. At 8% in a round or 3% from run to run it is not: a
-comparison needs a machine with nothing else to do.
+`tests/benchmarks/test_compare.py` simulates it: with noise of 5% in a round, 10 rounds and 1% from run to run, a
+slowdown by 15% of a quarter of 96 measurements is found in more than 80% of them. At 8% in a round or 3% from run to
+run it is not: a comparison needs a machine with nothing else to do.
 """
 
 from __future__ import annotations

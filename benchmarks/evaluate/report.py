@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.environment import environment
 from benchmarks.finetune.report import PACKAGES
-from ivon_kernels.posterior import metrics
-from ivon_kernels.posterior.prediction import Prediction
 from ivon_kernels.posterior.sweeps import Sweep
+from ivon_kernels.predict import metrics
+from ivon_kernels.predict.prediction import Prediction
 
 COLUMNS = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier", "auroc_errors": "AUROC"}
 VOTES = {"vote_cross_entropy": "votes"}

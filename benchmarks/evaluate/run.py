@@ -23,9 +23,9 @@ from benchmarks.finetune.run import find_device, last_word, make_folder, progres
 from benchmarks.finetune.tasks import Task
 from benchmarks.finetune.train import Interrupted, InterruptGuard
 from ivon_kernels.posterior import Posterior, PosteriorFileError
-from ivon_kernels.posterior.page import report as write_page
-from ivon_kernels.posterior.prediction import Prediction, predict
 from ivon_kernels.posterior.sweeps import Sweep, sweep_pruning, sweep_temperature
+from ivon_kernels.predict.prediction import Prediction, predict
+from ivon_kernels.report.page import report as write_page
 
 BATCH_SIZE = 12
 """Sentences in a batch; with 10 samples in one pass these are 120 rows. Ctrl-C waits for the end of one."""

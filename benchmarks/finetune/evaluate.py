@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from benchmarks.finetune.data import Batch, EncodedExamples, Example
 from benchmarks.finetune.train import InterruptGuard
-from ivon_kernels.posterior import metrics
+from ivon_kernels.predict import metrics
 
 BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores that a record holds; `ivon_kernels.posterior.metrics.Scores` says what they are.
+    """The scores that a record holds; `ivon_kernels.predict.metrics.Scores` says what they are.
 
     `rater_kl` is the divergence from the raters' votes, where there are votes.
     """

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.environment import environment
 from benchmarks.finetune.evaluate import Scores
-from ivon_kernels.posterior.metrics import Reliability
+from ivon_kernels.predict.metrics import Reliability
 
 PACKAGES = ("torch", "transformers", "peft", "torchmetrics", "scikit-learn", "numpy", "ivon-kernels")
 

@@ -18,8 +18,8 @@ from benchmarks.finetune import data, evaluate, model, report, train
 from benchmarks.finetune.settings import RUN, Settings
 from benchmarks.finetune.tasks import Task
 from ivon_kernels import IVON
-from ivon_kernels.posterior import metrics
-from ivon_kernels.posterior.page import draw_reliability
+from ivon_kernels.predict import metrics
+from ivon_kernels.report.page import draw_reliability
 
 TITLES = {"adamw": "AdamW", "ivon": "IVON"}
 

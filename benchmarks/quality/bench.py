@@ -23,7 +23,7 @@ from benchmarks.memory import PeakMemory
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Hyper, Method, State
 from benchmarks.quality.settings import SEARCH_SEED, Size, sized
-from ivon_kernels.posterior import metrics
+from ivon_kernels.predict import metrics
 
 Weights = dict[str, Tensor]
 

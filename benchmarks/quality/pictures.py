@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from benchmarks.quality.summary import IN, METRICS, SHIFT, Estimate, Kind, Summary
-from ivon_kernels.posterior.plots import BLUE, GREY, ORANGE, PURPLE
+from ivon_kernels.report.plots import BLUE, GREY, ORANGE, PURPLE
 
 DPI = 110
 COLORS: dict[Kind, str] = {"baseline": BLUE, "IVON": ORANGE, "ablation": PURPLE, "peer": GREY}

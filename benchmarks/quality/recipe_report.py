@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 
 from benchmarks.quality.methods.ivon_frozen import FROZEN
 from benchmarks.quality.recipe import averaged_nll
-from ivon_kernels.posterior.plots import BLUE, GREY
+from ivon_kernels.report.plots import BLUE, GREY
 
 Run = Mapping[str, Any]
 SETTINGS: dict[str, tuple[str, Callable[[Run], float]]] = {

@@ -49,7 +49,7 @@ METRICS = {
     "selective_accuracy": Metric("selective accuracy", higher=True),
     "vote_cross_entropy": Metric("votes"),
 }
-"""By the fields of `ivon_kernels.posterior.metrics.Scores`."""
+"""By the fields of `ivon_kernels.predict.metrics.Scores`."""
 
 
 @dataclass(frozen=True)

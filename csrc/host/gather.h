@@ -1,4 +1,4 @@
-// C ABI of the host library (loaded by ivon_kernels/pointers.py through ctypes.PyDLL, which keeps the GIL).
+// C ABI of the host library (loaded by ivon_kernels/backends/addresses.py through ctypes.PyDLL, which keeps the GIL).
 //
 // It reads where parameters and gradients are, at C speed: in Python that costs most of the GPU time of a LoRA step. It
 // links neither torch nor Python. CPython's stable ABI is resolved when the interpreter loads the library; tensors are

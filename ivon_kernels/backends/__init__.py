@@ -7,11 +7,11 @@ import torch
 from ivon_kernels.backends.base import Backend, Draw, Guard, StepScalars
 from ivon_kernels.backends.cpu import CpuBackend
 from ivon_kernels.backends.cuda import CudaBackend
-from ivon_kernels.backends.device import Control, DeviceBackend
+from ivon_kernels.backends.device import DeviceBackend, DeviceFlags
 from ivon_kernels.backends.reference import ReferenceBackend
 from ivon_kernels.backends.triton import TritonBackend
 
-__all__ = ["Backend", "Control", "DeviceBackend", "Draw", "Guard", "StepScalars", "available_backends", "choose"]
+__all__ = ["Backend", "DeviceBackend", "DeviceFlags", "Draw", "Guard", "StepScalars", "available_backends", "choose"]
 
 # Fastest first: on a GPU cuda before triton at every size, because its launch costs the host least and the kernels do
 # the same work (docs/gpu-kernels.md has what is known). `reference` takes whatever the others do not.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ivon_kernels.arena import SlotList
+    from ivon_kernels.backends.state import Launch
 
 
 class StepScalars(NamedTuple):
@@ -65,23 +65,23 @@ class Backend(ABC):
         """Why the backend does not take parameters of this device and dtype, or None."""
 
     @abstractmethod
-    def sample(self, slots: SlotList, draw: Draw, adopt: bool) -> None:
+    def sample(self, slots: Launch, draw: Draw, adopt: bool) -> None:
         """Weights <- mean + sigma eps. With `adopt` the weights hold the mean: edits are taken over first."""
 
     @abstractmethod
-    def restore(self, slots: SlotList) -> None:
+    def restore(self, slots: Launch) -> None:
         """Weights <- mean."""
 
     @abstractmethod
-    def find_nonfinite(self, slots: SlotList) -> int | None:
+    def find_nonfinite(self, slots: Launch) -> int | None:
         """Position of the first slot whose gradient holds inf or nan."""
 
     @abstractmethod
-    def accumulate(self, slots: SlotList, draw: Draw) -> None:
+    def accumulate(self, slots: Launch, draw: Draw) -> None:
         """Add the gradient of the finished sample `draw` to the sums."""
 
     @abstractmethod
-    def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool) -> None:
+    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool) -> None:
         """Update mean, momentum and hess from the gradients (under sample `draw`) and the sums; None counts as 0.
 
         Weights <- new mean, or sample 0 of the next step with `draw_next`. Counts the step.

@@ -10,10 +10,10 @@ from array import array
 import torch
 
 from ivon_kernels import _native
-from ivon_kernels.arena import SlotList
+from ivon_kernels.backends.addresses import DTYPES
 from ivon_kernels.backends.base import Backend, Draw
+from ivon_kernels.backends.state import Launch
 from ivon_kernels.noise import Shard
-from ivon_kernels.pointers import DTYPES
 
 _ABI = 4
 SIMD_VARIABLE = "IVON_KERNELS_SIMD"
@@ -146,7 +146,7 @@ def normals(
 class _Table:
     """The tensor table of one slot list, and the call that refers to it. What cannot change is written once."""
 
-    def __init__(self, slots: SlotList) -> None:
+    def __init__(self, slots: Launch) -> None:
         self.slots = slots.slots
         self.rows = array("q", bytes(8 * _WIDTH * len(self.slots)))
         self.summed = False
@@ -204,25 +204,25 @@ class CpuBackend(Backend):
             return f"it takes {', '.join(str(d) for d in DTYPES)}, not {dtype}"
         return None
 
-    def sample(self, slots: SlotList, draw: Draw, adopt: bool) -> None:
+    def sample(self, slots: Launch, draw: Draw, adopt: bool) -> None:
         self._launch("sample", slots, draw, adopt)
 
-    def restore(self, slots: SlotList) -> None:
+    def restore(self, slots: Launch) -> None:
         self._launch("restore", slots)
 
-    def find_nonfinite(self, slots: SlotList) -> int | None:
+    def find_nonfinite(self, slots: Launch) -> int | None:
         position = self._launch("find_nonfinite", slots)
         return None if position < 0 else position
 
-    def accumulate(self, slots: SlotList, draw: Draw) -> None:
+    def accumulate(self, slots: Launch, draw: Draw) -> None:
         self._launch("accumulate", slots, draw)
 
-    def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool) -> None:
+    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool) -> None:
         self._launch("step", slots, draw, adopt, draw_next)
 
     @staticmethod
     def _launch(
-        operation: str, slots: SlotList, draw: Draw | None = None, adopt: bool = False, draw_next: bool = False
+        operation: str, slots: Launch, draw: Draw | None = None, adopt: bool = False, draw_next: bool = False
     ) -> int:
         if slots.cache is None:
             slots.cache = _Table(slots)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ivon_kernels import _native
+from ivon_kernels.backends.addresses import DTYPES
 from ivon_kernels.backends.base import Draw, Guard
 from ivon_kernels.backends.device import DeviceBackend
-from ivon_kernels.pointers import DTYPES
 
 if TYPE_CHECKING:
-    from ivon_kernels.arena import Arena, Slot, SlotList
-    from ivon_kernels.pointers import Pointers
+    from ivon_kernels.backends.addresses import Addresses
+    from ivon_kernels.backends.state import Arena, Launch, ParamState
 
 _ABI = 2
 _CAPABILITY = (8, 0)  # of the oldest device that the library is compiled for
@@ -101,7 +101,7 @@ def _address(tensor: Tensor | None) -> int:
 class _Part:
     """The slots of one list whose state lies in one arena: struct IvonCudaCall, and what it points to."""
 
-    def __init__(self, members: list[tuple[int, Slot]], pointers: Pointers, device: int) -> None:
+    def __init__(self, members: list[tuple[int, ParamState]], pointers: Addresses, device: int) -> None:
         arena: Arena = members[0][1].arena
         assert arena.control is not None
         self.arena = arena
@@ -130,13 +130,13 @@ class _Part:
 class _Plan:
     """What the backend keeps for one slot list."""
 
-    def __init__(self, slots: SlotList) -> None:
+    def __init__(self, slots: Launch) -> None:
         assert slots.pointers is not None
         self.slots = slots.slots
         self.pointers = slots.pointers
         self.device = self.slots[0].mean.device
         self.index = -1 if self.device.type == "cpu" else self.device.index
-        members: dict[int, list[tuple[int, Slot]]] = {}
+        members: dict[int, list[tuple[int, ParamState]]] = {}
         for number, slot in enumerate(self.slots):
             members.setdefault(id(slot.arena), []).append((number, slot))
         self.parts = [_Part(part, self.pointers, self.index) for part in members.values()]
@@ -225,25 +225,25 @@ class CudaBackend(DeviceBackend):
             return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
         return None
 
-    def sample(self, slots: SlotList, draw: Draw, adopt: bool) -> None:
+    def sample(self, slots: Launch, draw: Draw, adopt: bool) -> None:
         self._launch("sample", slots, draw, adopt)
 
-    def restore(self, slots: SlotList) -> None:
+    def restore(self, slots: Launch) -> None:
         self._launch("restore", slots)
 
-    def check(self, slots: SlotList) -> None:
+    def check(self, slots: Launch) -> None:
         self._launch("check", slots)
 
-    def accumulate(self, slots: SlotList, draw: Draw) -> None:
+    def accumulate(self, slots: Launch, draw: Draw) -> None:
         self._launch("accumulate", slots, draw)
 
-    def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool, guard: Guard | None = None) -> None:
+    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool, guard: Guard | None = None) -> None:
         self._launch("step", slots, draw, adopt, draw_next, guard or _ALONE)
 
     def _launch(
         self,
         operation: str,
-        slots: SlotList,
+        slots: Launch,
         draw: Draw = _NO_DRAW,
         adopt: bool = False,
         draw_next: bool = False,
@@ -280,7 +280,7 @@ class CudaBackend(DeviceBackend):
             if code:
                 self._fail(operation, plan.device, code)
 
-    def _plan(self, slots: SlotList) -> _Plan:
+    def _plan(self, slots: Launch) -> _Plan:
         slots.cache = plan = _Plan(slots)
         library = self.library
         if not self._functions:

@@ -11,7 +11,7 @@ import torch
 from ivon_kernels.backends.base import Backend, Draw, Guard
 
 if TYPE_CHECKING:
-    from ivon_kernels.arena import SlotList
+    from ivon_kernels.backends.state import Launch
 
 _UNGUARDED = Guard()
 NOTHING_BAD = 2**62
@@ -19,7 +19,7 @@ BLOCK_SIZE = 8
 BAD, DONE, SKIPPED = range(3)  # words of the control block
 
 
-class Control:
+class DeviceFlags:
     """What the kernels of one optimizer share on one device, and how they tell the host of a step that they skipped.
 
     Attributes:
@@ -66,10 +66,10 @@ class DeviceBackend(Backend):
     on_device = True
 
     @abstractmethod
-    def check(self, slots: SlotList) -> None:
+    def check(self, slots: Launch) -> None:
         """Note in the control block if a gradient holds inf or nan; the next final step is then skipped."""
 
-    def find_nonfinite(self, slots: SlotList) -> int | None:
+    def find_nonfinite(self, slots: Launch) -> int | None:
         """As every backend; waits for the device. Used where backends of both kinds train together."""
         self.check(slots)
         control = slots.slots[0].arena.control
@@ -79,4 +79,4 @@ class DeviceBackend(Backend):
         return next((i for i, slot in enumerate(slots.slots) if slot.index == bad), None)
 
     @abstractmethod
-    def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool, guard: Guard = _UNGUARDED) -> None: ...
+    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool, guard: Guard = _UNGUARDED) -> None: ...

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ivon_kernels import noise
-from ivon_kernels.arena import Slot, SlotList
 from ivon_kernels.backends.base import Backend, Draw, StepScalars
+from ivon_kernels.backends.state import Launch, ParamState
 
 
 class Precision(Protocol):
@@ -64,7 +64,7 @@ def update(
     return mean, momentum, hess
 
 
-def _eps(slot: Slot, draw: Draw) -> Tensor:
+def _eps(slot: ParamState, draw: Draw) -> Tensor:
     numel, device, (start, run, pitch) = slot.param.numel(), slot.param.device, slot.placement
     stream = {
         "seed": draw.seed,
@@ -81,7 +81,7 @@ def _eps(slot: Slot, draw: Draw) -> Tensor:
     return z.view(slot.param.shape).to(slot.mean.dtype)
 
 
-def _statistics(slot: Slot, draw: Draw, k: StepScalars) -> tuple[Tensor, Tensor]:
+def _statistics(slot: ParamState, draw: Draw, k: StepScalars) -> tuple[Tensor, Tensor]:
     """Gradient and Hessian statistic of the sample `draw`."""
     if slot.grad is None:
         return torch.zeros_like(slot.mean), torch.zeros_like(slot.mean)
@@ -101,31 +101,31 @@ class ReferenceBackend(Backend):
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
-    def sample(self, slots: SlotList, draw: Draw, adopt: bool) -> None:
+    def sample(self, slots: Launch, draw: Draw, adopt: bool) -> None:
         for slot in slots.slots:
             if adopt:
                 slot.adopt_edits()
             k = slots.rows.scalars(slot.group, slot.step)
             slot.param.detach().copy_(draw_weights(slot.mean, slot.hess, _eps(slot, draw), k))
 
-    def restore(self, slots: SlotList) -> None:
+    def restore(self, slots: Launch) -> None:
         for slot in slots.slots:
             slot.param.detach().copy_(slot.mean)
 
-    def find_nonfinite(self, slots: SlotList) -> int | None:
+    def find_nonfinite(self, slots: Launch) -> int | None:
         for position, slot in enumerate(slots.slots):
             if slot.grad is not None and not bool(torch.isfinite(slot.grad).all()):
                 return position
         return None
 
-    def accumulate(self, slots: SlotList, draw: Draw) -> None:
+    def accumulate(self, slots: Launch, draw: Draw) -> None:
         for slot in slots.slots:
             assert slot.sums is not None
             k = slots.rows.scalars(slot.group, slot.step)
             for total, value in zip(slot.sums, _statistics(slot, draw, k), strict=True):
                 total += value
 
-    def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool) -> None:
+    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool) -> None:
         for slot in slots.slots:
             if adopt:
                 slot.adopt_edits()

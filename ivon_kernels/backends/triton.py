@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ivon_kernels.backends.addresses import DTYPES
 from ivon_kernels.backends.base import Draw, Guard
 from ivon_kernels.backends.device import DeviceBackend
 from ivon_kernels.backends.triton_launch import Kernel, Mirror, installed, interpreted, is_capturing
-from ivon_kernels.pointers import DTYPES
 
 if TYPE_CHECKING:
-    from ivon_kernels.arena import Arena, Slot, SlotList
+    from ivon_kernels.backends.state import Arena, Launch, ParamState
 
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 _BLOCK = 1024  # elements at a time: 8 a thread ...
@@ -52,7 +52,7 @@ class _Key(NamedTuple):
     shard: int
 
 
-def _shard_kind(slot: Slot) -> int:
+def _shard_kind(slot: ParamState) -> int:
     shard, numel = slot.placement, slot.param.numel()
     if numel == 0 or (shard.start == 0 and shard.run >= numel):
         return _WHOLE
@@ -107,7 +107,7 @@ class _Bucket:
 class _Plan:
     """What the backend derives from a list of slots: its buckets, and tables on the device."""
 
-    def __init__(self, slots: SlotList) -> None:
+    def __init__(self, slots: Launch) -> None:
         assert slots.pointers is not None
         self.slots = slots.slots
         self.pointers = slots.pointers
@@ -275,22 +275,22 @@ class TritonBackend(DeviceBackend):
             return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
         return None
 
-    def sample(self, slots: SlotList, draw: Draw, adopt: bool) -> None:
+    def sample(self, slots: Launch, draw: Draw, adopt: bool) -> None:
         plan = _plan(slots, grads=False)
         plan.launch("sample", (plan.rows_address(), *_noise(draw), int(adopt)))
 
-    def restore(self, slots: SlotList) -> None:
+    def restore(self, slots: Launch) -> None:
         _plan(slots, grads=False).launch("restore", ())
 
-    def check(self, slots: SlotList) -> None:
+    def check(self, slots: Launch) -> None:
         plan = _plan(slots, grads=True)
         plan.launch("check", (plan.grads_address(), plan.control))
 
-    def accumulate(self, slots: SlotList, draw: Draw) -> None:
+    def accumulate(self, slots: Launch, draw: Draw) -> None:
         plan = _plan(slots, grads=True)
         plan.launch("accumulate", (plan.grads_address(), plan.sums_address(), plan.rows_address(), *_noise(draw)))
 
-    def step(self, slots: SlotList, draw: Draw, adopt: bool, draw_next: bool, guard: Guard = _UNGUARDED) -> None:
+    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool, guard: Guard = _UNGUARDED) -> None:
         plan = _plan(slots, grads=True)
         sums = plan.sums_address() if slots.summed else 0
         tail = (
@@ -308,7 +308,7 @@ class TritonBackend(DeviceBackend):
         plan.launch("step", tail, sums=sums != 0, draw_next=draw_next, last=last)
 
 
-def _plan(slots: SlotList, *, grads: bool) -> _Plan:
+def _plan(slots: Launch, *, grads: bool) -> _Plan:
     """What is kept of the list, up to date."""
     plan = slots.cache
     if plan is None:

@@ -286,7 +286,7 @@ def step_kernel(
             written = numel * 0
     lane, element = elements(BLOCK)
     for _ in range(blocks):
-        # Addresses are read in every pass: they are in the cache, and AMD's scalar registers do not hold them all.
+        # Pointers are read in every pass: they are in the cache, and AMD's scalar registers do not hold them all.
         param, layout = tl.load(row + PARAM), tl.load(row + LAYOUT)
         mask = existing(numel, begin, lane, element, AWKWARD)
         weights = weights_at(param, layout, begin, element, DTYPE, AWKWARD)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ivon_kernels.backends import cpu
+from ivon_kernels.backends.addresses import DTYPES
 from ivon_kernels.noise import EVAL_STEP
-from ivon_kernels.pointers import DTYPES
 
 if TYPE_CHECKING:
     from ivon_kernels.lora.op import Factor

@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ivon_kernels.gaussians.placement import Placement
+from ivon_kernels.lora.modules import LoraWeights, Unit, Weight
 from ivon_kernels.lora.op import DTYPES, Factor, lora_samples_
-from ivon_kernels.lora.units import LoraWeights, Unit, Weight
 from ivon_kernels.nested import concatenate, map_tensors, tensors
-from ivon_kernels.posterior.placement import Placement
 
 __all__ = ["FusedLora", "Patch", "SampleBySample"]
 

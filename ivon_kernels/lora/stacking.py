@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ivon_kernels.lora.modules import find_units
 from ivon_kernels.lora.op import BACKENDS
 from ivon_kernels.lora.patches import FusedLora, Patch, SampleBySample
-from ivon_kernels.lora.units import find_units
 from ivon_kernels.nested import map_tensors
 from ivon_kernels.noise import MAX_SAMPLES
 

@@ -131,7 +131,7 @@ class _Tiles(NamedTuple):
 def _tiles(tokens: int, rank: int, dtype: torch.dtype) -> _Tiles:
     """Tiles for products in `dtype`: as many tokens to each drawn weight as registers hold.
 
-    Chosen by the machine code (tests/test_lora_triton_compile.py): no spills but of a few words with float32 x.
+    Chosen by the machine code (tests/lora/test_lora_triton_compile.py): no spills but of a few words with float32 x.
     """
     block = 16 if tokens <= 16 else 64
     sizes = (32, 16) if dtype == torch.float32 else (64, 32, 16)

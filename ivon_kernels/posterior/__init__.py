@@ -1,20 +1,20 @@
 """The trained posterior, put to work: saved beside the adapter, sampled, predicted with, pruned, tempered.
 
 :class:`Posterior` comes from ``optimizer.posterior(model)`` or ``Posterior.load(folder)``. Scores, :func:`report` and
-the pictures of :mod:`ivon_kernels.posterior.plots` need ``pip install ivon-kernels[report]``.
+the pictures of :mod:`ivon_kernels.report.plots` need ``pip install ivon-kernels[report]``.
 """
 
+from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.posterior.core import Posterior
 from ivon_kernels.posterior.file import PosteriorFileError
-from ivon_kernels.posterior.gaussian import Gaussian
-from ivon_kernels.posterior.generation import AveragedGeneration, generate, generate_averaged
 from ivon_kernels.posterior.merging import merge
-from ivon_kernels.posterior.metrics import Scores, evaluate
-from ivon_kernels.posterior.page import report
-from ivon_kernels.posterior.prediction import Prediction, predict
-from ivon_kernels.posterior.scaling import fit_temperature, scale
-from ivon_kernels.posterior.scoring import choices, class_logits, encode_choices, next_token
 from ivon_kernels.posterior.sweeps import Sweep, sweep_pruning, sweep_temperature
+from ivon_kernels.predict.generation import AveragedGeneration, generate, generate_averaged
+from ivon_kernels.predict.metrics import Scores, evaluate
+from ivon_kernels.predict.prediction import Prediction, predict
+from ivon_kernels.predict.scoring import choices, class_logits, encode_choices, next_token
+from ivon_kernels.predict.temperature import fit_temperature, scale
+from ivon_kernels.report.page import report
 
 __all__ = [
     "AveragedGeneration",

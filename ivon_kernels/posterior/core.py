@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ivon_kernels.gaussians import dials, names
+from ivon_kernels.gaussians.gaussian import Gaussian
+from ivon_kernels.gaussians.placement import Placement
 from ivon_kernels.noise import MAX_SAMPLES
-from ivon_kernels.posterior import dials, file, generation, hub, names, prediction
-from ivon_kernels.posterior.gaussian import Gaussian
-from ivon_kernels.posterior.placement import Placement
+from ivon_kernels.posterior import file, hub
+from ivon_kernels.predict import generation, prediction
 
 if TYPE_CHECKING:
     from ivon_kernels.optimizer import IVON
@@ -135,14 +137,14 @@ class Posterior(Mapping[str, Gaussian]):
         Raises:
             ValueError: If it is no such state dict, or does not fit the parameters.
         """
-        from ivon_kernels.posterior.conversion import from_checkpoint
+        from ivon_kernels.posterior.checkpoints import from_checkpoint
 
         return cls(*from_checkpoint(checkpoint, model, params, adapter, seed))
 
     @classmethod
     def of_optimizer(cls, optimizer: IVON, model: nn.Module, adapter: str | None = None) -> Posterior:
         """See :meth:`ivon_kernels.IVON.posterior`."""
-        from ivon_kernels.posterior.conversion import from_optimizer
+        from ivon_kernels.posterior.checkpoints import from_optimizer
 
         return cls(from_optimizer(optimizer, model, adapter), optimizer.seed)
 

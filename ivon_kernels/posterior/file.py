@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ivon_kernels.posterior.gaussian import Gaussian
+from ivon_kernels.gaussians.gaussian import Gaussian
 
 if TYPE_CHECKING:
     from ivon_kernels.posterior.core import Posterior

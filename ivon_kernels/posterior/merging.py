@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.posterior.core import Posterior
-from ivon_kernels.posterior.gaussian import Gaussian
 
 __all__ = ["merge"]
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ivon_kernels.posterior import metrics
-from ivon_kernels.posterior.prediction import Prediction, predict
-from ivon_kernels.posterior.scoring import Score, class_logits
+from ivon_kernels.predict import metrics
+from ivon_kernels.predict.prediction import Prediction, predict
+from ivon_kernels.predict.scoring import Score, class_logits
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class Sweep:
         Returns:
             The axes.
         """
-        from ivon_kernels.posterior.plots import BLUE, ORANGE, new_axes
+        from ivon_kernels.report.plots import BLUE, ORANGE, new_axes
 
         ax = new_axes(ax)
         ece = [scores.ece for scores in self.scores]

@@ -12,9 +12,9 @@ from benchmarks.finetune.data import EncodedExamples
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Hyper, State
 from ivon_kernels import IVON
+from ivon_kernels.gaussians.gaussian import Gaussian
+from ivon_kernels.gaussians.names import weight_names
 from ivon_kernels.posterior import Posterior
-from ivon_kernels.posterior.gaussian import Gaussian
-from ivon_kernels.posterior.names import weight_names
 
 STACKED_BATCH = 12
 """Examples of a forward pass that several samples share."""

@@ -1,0 +1,1 @@
+"""Gaussians over named weight tensors, and their samples in a model."""

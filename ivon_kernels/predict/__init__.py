@@ -1,0 +1,1 @@
+"""Predictions averaged over samples of the weights, and how good they are."""

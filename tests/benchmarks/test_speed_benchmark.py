@@ -1,0 +1,346 @@
+"""The speed benchmark: its record, what it refuses to time, what it is made of. Tiny sizes, on the processor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks.__main__ import app
+from benchmarks.speed import contenders, exercise, host, ours, peers, timing, traffic, verify, workloads
+from benchmarks.speed.clock import CpuClock
+from benchmarks.speed.contenders import ADAMW_ARGS, Contender, Parameters, Step, WrongError
+from benchmarks.speed.measure import Budget, Comparer
+from benchmarks.speed.peers import reference
+from benchmarks.speed.record import Measurement, Record, read
+from benchmarks.speed.report import write
+from ivon_kernels import noise
+from tests.support import cuda_emulator
+
+CPU = torch.device("cpu")
+LAYER, FLAT = workloads.DRY_WORKLOADS
+OURS = "ivon_kernels cpu, sample + step"
+BROKEN = """
+from benchmarks.speed.contenders import Contender
+
+
+def build(params):
+    raise OSError("its library is broken")
+
+
+def contenders(device):
+    return [Contender("broken", build), Contender("absent", build, package="no-such-distribution")]
+"""
+
+
+@pytest.fixture(autouse=True)
+def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def few_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "DRY_WORKLOADS", (LAYER,))
+    monkeypatch.setattr("benchmarks.speed.run.DTYPES", {"bfloat16": torch.bfloat16})
+
+
+def call(out: Path, *options: str) -> tuple[int, str]:
+    given = ["speed", "--dry-run", "--threads=1", "--rounds=1", "--turn-ms=1", f"--out={out}", *options]
+    result = CliRunner().invoke(app, given)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    return result.exit_code, result.output
+
+
+def rows(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    record = json.loads((out / "speed.json").read_text())
+    return {(row["contender"], row["quantity"]): row for row in record["measurements"]}
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_command_measures_checks_and_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of everything; a peer that is one new file; and what ran before is kept."""
+    folder = tmp_path / "peers"
+    folder.mkdir()
+    (folder / "broken.py").write_text(BROKEN)
+    monkeypatch.setattr(peers, "__path__", [*peers.__path__, str(folder)])
+    monkeypatch.setattr(workloads, "DRY_WORKLOADS", (LAYER,))
+    code, output = call(tmp_path, "--parts=steps,model", "--rounds=2")
+    assert code == 0, output
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert record["schema"] == 1 and record["settings"]["dry_run"] is True
+    assert record["environment"]["versions"]["ivon-opt"] and record["copy_gbps"]["cpu"] > 0
+    keys = [(m["workload"], m["dtype"], m["contender"], m["quantity"]) for m in record["measurements"]]
+    assert len(keys) == len(set(keys))
+    found = rows(tmp_path)
+    assert "its library is broken" in found["broken", "step"]["error"]
+    assert found["absent", "step"]["error"] == "no-such-distribution is not installed"
+    for quantity in ("step", "kernel", "host", *ours_parts()):
+        row = found[OURS, quantity]
+        assert row["error"] is None and 0 < row["p20"] <= row["p50"] <= row["p80"], row
+        assert row["ours"] and len(row["rounds"]) == len(row["ratios"]) == 2
+        assert row["baseline"] == (
+            "AdamW (fused)" if quantity in ("step", "kernel", "host", "save", "load") else "AdamW (fused), step"
+        )
+    assert found[OURS, "kernel"]["bytes_per_element"] == 50 and found[OURS, "step"]["bytes_per_element"] is None
+    assert found["AdamW (fused)", "step"]["ratio"] == 1
+    assert found["ivon-opt 0.1.3", "step"]["p50"] > 0 and found["optimi AdamW", "step"]["p50"] > 0
+    assert found["ivon_kernels reference, eager", "step"]["rounds"][1:] == []  # one turn is enough of it
+    assert found[OURS, "whole step"]["ratio"] > 0 and found["ivon-opt 0.1.3", "whole step"]["error"] is None
+    text = (tmp_path / "report.md").read_text()
+    for shown in ("![time of one", "its library is broken", "| AdamW (fused) |", "## Targets", "figures mean nothing"):
+        assert shown in text
+    assert (tmp_path / "speed.png").stat().st_size > 10_000 and (tmp_path / "roofline.png").stat().st_size > 10_000
+    before = read(tmp_path)
+    code, output = call(tmp_path, "--parts=")
+    after = read(tmp_path)
+    assert before and after and after.measurements == before.measurements and "Targets" in output
+
+
+def ours_parts() -> tuple[str, ...]:
+    return (ours.SAMPLE, ours.UPDATE, ours.RESTORE, ours.EVALUATION, contenders.SAVE, contenders.LOAD)
+
+
+@pytest.mark.usefixtures("few_and_quick")
+def test_wrong_results_are_not_timed_and_fail_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify.torch, "equal", lambda *_: False)
+    code, output = call(tmp_path, "--parts=steps")
+    assert code == 1 and "WRONG: dry-lora, bfloat16, ivon_kernels cpu, sample + step" in output
+    found = rows(tmp_path)
+    assert found[OURS, "step"]["p50"] is None and "differs from the reference" in found[OURS, "step"]["error"]
+    assert "not the optimizer's state" in found[OURS, "save"]["error"]
+    assert found["AdamW (fused)", "step"]["p50"] > 0
+
+
+def test_command_refuses_with_one_sentence(tmp_path: Path) -> None:
+    for options in (["--parts=kernel"], ["--rounds=0"], ["--device=tpu"]):
+        code, output = call(tmp_path, *options)
+        assert code == 2 and output.startswith("Error: ") and output.count("\n") == 1
+    if not torch.cuda.is_available():
+        result = CliRunner().invoke(app, ["speed", "--device=cuda", f"--out={tmp_path}"])
+        assert result.exit_code == 2 and "there is no CUDA device" in result.output
+
+
+def test_a_part_replaces_what_it_had_measured(tmp_path: Path) -> None:
+    def one(part: str, contender: str) -> Measurement:
+        return Measurement(part, "w", "float32", contender, False, "step", "ms", 1.0, 1.0, 1.0, [1.0])
+
+    record = Record(device={}, settings={"dry_run": False, "parts": {}})
+    record.replace_part("steps", [one("steps", "a"), one("steps", "b")], [("flat-1B", "too large")])
+    record.replace_part("host", [one("host", "h")])
+    record.replace_part("steps", [one("steps", "c")])
+    assert [m.contender for m in record.measurements] == ["h", "c"] and record.left_out == []
+    record.write(tmp_path)
+    assert read(tmp_path) == record
+    (tmp_path / "speed.json").write_text('{"schema": 0}')
+    assert read(tmp_path) is None
+
+
+def test_a_report_of_little(tmp_path: Path) -> None:
+    record = Record(device={"kind": "cpu", "name": "x"}, settings={"dry_run": False, "parts": {}})
+    record.environment = {"versions": {}, "python": "3"}
+    write(tmp_path, record)
+    assert "![" not in (tmp_path / "report.md").read_text()
+
+
+# ---- right or not ----------------------------------------------------------------------------------------------------
+
+
+def moves(amounts: list[float]) -> Callable[[Parameters], Step]:
+    def build(params: Parameters) -> Step:
+        left = iter(amounts)
+
+        def step() -> None:
+            amount = next(left)
+            for param in params:
+                param.data += amount
+
+        return Step(step)
+
+    return build
+
+
+def adamw(**options: Any) -> Callable[[Parameters], Step]:
+    return lambda params: Step(torch.optim.AdamW(params, **{**ADAMW_ARGS, **options}).step)
+
+
+@pytest.mark.parametrize(
+    ("build", "why"),
+    [
+        (moves([0.1, 0.0]), "step 2 changed no weight"),
+        (moves([float("inf"), 0.1]), "step 1 left weights that are not finite"),
+        (moves([0.1, 0.1]), "from those of torch's AdamW"),
+        (adamw(weight_decay=0.02), "from those of torch's AdamW"),
+        (adamw(), None),
+    ],
+)
+def test_peers_that_do_not_train_are_not_timed(build: Callable[[Parameters], Step], why: str | None) -> None:
+    contender = Contender("peer", build, like_adamw=verify.rounding)
+    found = verify.Verifier(LAYER, torch.float32, CPU, 100).check(contender)
+    assert found is None if why is None else why in str(found)
+
+
+def test_a_checkpoint_that_loses_state_is_not_timed() -> None:
+    class Forgetful(torch.optim.AdamW):
+        def load_state_dict(self, state_dict: Any) -> None:
+            super().load_state_dict(state_dict)
+            next(iter(self.state.values()))["exp_avg"].zero_()
+
+    def make(params: Parameters) -> tuple[Any, Step]:
+        optimizer = Forgetful(params, **ADAMW_ARGS)
+        return optimizer, Step(optimizer.step)
+
+    save, load = contenders.checkpoints("forgetful", make)
+    verifier = verify.Verifier(LAYER, torch.float32, CPU, 100)
+    assert verifier.check(save) is None
+    assert "what was loaded is not the optimizer's state" in str(verifier.check(load))
+
+
+def test_some_of_many_tensors_are_compared() -> None:
+    """The others are frozen for the reference only, which leaves the noise of those compared as it is."""
+    many = workloads.Workload("many", "", ((3, 5),) * 10)
+    verifier = verify.Verifier(many, torch.float32, CPU, 45)
+    assert verifier._kept == [0, 4, 9]
+    found = {c.name + c.quantity: verifier.check(c) for c in ours.contenders(CPU)}
+    assert set(found.values()) == {None} and len(found) == 10
+
+
+def test_refusals_of_the_flat_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flat tensor's last elements are checked against the public noise."""
+    monkeypatch.setattr(verify, "PREFIX", 100)
+    verifier = verify.Verifier(FLAT, torch.float32, CPU, 100)
+    plain = ours.contenders(CPU)[0]
+    assert verifier.check(plain) is None
+    other = noise.normals
+
+    def shifted(numel: int, **given: Any) -> torch.Tensor:
+        return other(numel, **{**given, "step": given["step"] + 1})
+
+    monkeypatch.setattr(verify.noise, "normals", shifted)
+    assert "the last elements" in str(verifier.check(plain))
+
+
+def test_the_interpreted_triton_backend_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    triton = next(c for c in ours.contenders(CPU) if c.backend == "triton")
+    if reason := triton.missing():
+        pytest.skip(reason)
+    assert verify.Verifier(FLAT, torch.float32, CPU, 100).check(triton) is None
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_workloads_are_those_of_the_issue() -> None:
+    sizes = {w.name: (len(w.shapes), w.elements) for w in workloads.WORKLOADS}
+    assert sizes == {
+        "llama-2-7b-r8-qv": (128, 4_194_304),
+        "llama-2-7b-r16-all": (448, 39_976_960),
+        "smollm2-135m-r8-qv": (120, 460_800),
+        "128-tiny": (128, 131_072),
+        "450-tiny": (450, 460_800),
+        **{f"flat-{name}": (1, n) for name, n in (("1M", 10**6), ("10M", 10**7), ("100M", 10**8), ("1B", 10**9))},
+    }
+    assert set(workloads.QUICK) < set(sizes)
+    kept = [w.name for w, why in workloads.chosen(quick=True, dry_run=False, max_elements=5 * 10**6) if not why]
+    assert kept == ["llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "450-tiny", "flat-1M"]
+
+
+def test_parameters_repeat_a_pattern_and_are_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workloads, "_PATTERN", 64)
+    first, again = (FLAT.parameters(torch.bfloat16)[0] for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(first[:67], first[64:]) and first.grad is not None
+    assert first.dtype == first.grad.dtype == torch.bfloat16 and 0 < float(first.grad.abs().max()) <= 0.01
+    one, other = workloads.Workload("two", "", ((8,), (8,))).parameters()
+    assert not torch.equal(one, other)
+
+
+def test_bytes_per_element() -> None:
+    def counts(device: str) -> dict[str, tuple[int | None, int | None]]:
+        steps = contenders.contenders(torch.device(device))
+        return {c.name: (c.bytes_per_element(torch.float32), c.bytes_per_element(torch.bfloat16)) for c in steps}
+
+    gpu, cpu = counts("cuda"), counts("cpu")
+    expected = {
+        "AdamW (fused)": (28, 14),
+        "optimi AdamW (triton)": (28, 18),
+        "ivon_kernels triton, sample + step": (52, 42),
+        "ivon_kernels cuda, step with next sample": (36, 30),
+        "IVON equations, torch.compile": (44, 38),
+        "ivon-opt 0.1.3": (44, 38),
+        "bitsandbytes AdamW8bit": (16, 10),
+    }
+    assert {name: gpu[name] for name in expected} == expected
+    assert cpu[OURS] == (60, 50)  # the noise is written and read once
+    assert traffic.bytes_per_element(("step",), torch.float32) == 32  # the issue's figure
+
+
+def test_compiled_reference_draws_the_specified_noise() -> None:
+    mean = torch.zeros(4099)
+    assert torch.equal(reference.normals(mean, torch.tensor(7)), noise.normals(4099, seed=0, step=7))
+
+
+def test_exercise_equals_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exercise.main("cpu") == 0
+    assert exercise.main("nothing") == 77
+    assert "no backend 'nothing'" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="needs a C++ compiler")
+def test_host_rows_have_quantiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "TINY", host.TINY[:1])
+    monkeypatch.setattr(host, "_emulator", lambda: (None, cuda_emulator.emulator()))  # compiled for other tests too
+    found = host.measure(rounds=2, repeats=2)
+    assert {m.workload for m in found} == {"128-tiny"}
+    for m in found:
+        assert m.error is None and m.p50 and len(m.rounds) == 2
+
+
+def test_host_rows_without_a_compiler_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "TINY", host.TINY[:1])
+    monkeypatch.setattr(host.shutil, "which", lambda name: None)
+    host._emulator.cache_clear()
+    errors = {m.contender: m.error for m in host.measure(rounds=1, repeats=2)}
+    assert "no C++ compiler" in str(errors[host.PATH]) and list(errors.values()).count(None) == 2
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    drift = timing.timing("x", [[2.0] * 3, [20.0] * 3], [[1.0] * 3, [10.0] * 3])
+    assert drift.ratio == 2.0
+    assert timing.timing("x", [[2.0]], None).ratio is None
+
+
+# ---- turns -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_contender_that_does_not_fit_or_takes_too_long_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = CpuClock()
+    monkeypatch.setattr(clock, "copy_bytes", 2**20)
+    monkeypatch.setattr(clock, "free_bytes", lambda: 384 * 100)
+    some = (
+        Contender("AdamW (fused)", adamw(), ("adamw",)),
+        Contender("large", adamw(), bytes_needed=101),
+        Contender("slow", adamw(), most_elements=383),
+    )
+    comparison = Comparer(clock, some, rounds=3, turn_ms=1.0)(LAYER, "float32", Budget(0.0))
+    fused, large, slow = comparison.measurements
+    assert len(fused.rounds) == 1  # the time was up, but a round is finished
+    assert fused.bytes_per_element == 28 and fused.gbps and fused.copy_share
+    assert "GiB of memory" in str(large.error) and "takes too long" in str(slow.error)
+    assert comparison.wrong == {}
+
+
+def test_a_step_is_prepared_before_it_is_timed() -> None:
+    calls: list[str] = []
+    step = Step(lambda: calls.append("run"), before=lambda: calls.append("before"))
+    CpuClock().wall_ms(step, 2)
+    step()
+    assert calls == ["before", "run"] * 3
+    assert issubclass(WrongError, Exception)

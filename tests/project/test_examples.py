@@ -1,0 +1,60 @@
+"""Every script in benchmarks/examples runs, offline and on the CPU, says what it should, and fits on a page."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "benchmarks" / "examples"
+
+# The script, what its last line is, and which share of the first number in it the second has to reach (at least) or to
+# fall to (at most); None: the numbers do not matter.
+EXPECTED: dict[str, tuple[str, float | None]] = {
+    "accelerate_loop.py": (r"accuracy 0\.9\d\d", None),
+    "amp_loop.py": (r"loss 0\.[0-4]\d\d at the mean, \d+ steps skipped", None),
+    "ddp.py": (r"2 ranks, accuracy at the mean (0\.9\d|1\.00)", None),
+    "fsdp.py": (r"2 ranks, loss on the first one's share 0\.0\d\d\d", None),
+    "lightning_trainer.py": (r"accuracy 0\.9\d\d", None),
+    "qlora.py": (r"loss [0-3]\.\d\d\d", None),
+    "rl_loop.py": (r"reward ([\d.]+) -> ([\d.]+)", 2.0),
+    "transformers_trainer.py": (r"loss ([\d.]+) -> ([\d.]+)", 0.7),
+    "trl_grpo.py": (r"reward ([\d.]+) -> ([\d.]+)", 1.5),
+    "trl_sft.py": (r"a b c d with probability (0\.[5-9]\d|1\.00)", None),
+}
+ON_TWO_RANKS = ("ddp.py", "fsdp.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_example_runs(name: str, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, *(TORCHRUN if name in ON_TWO_RANKS else ()), str(EXAMPLES / name)]
+    command += [str(tmp_path / "checkpoint")] if name == "fsdp.py" else []
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    last = re.split(r"[\r\n]+", ran.stdout.strip())[-1]
+    pattern, factor = EXPECTED[name]
+    found = re.fullmatch(pattern, last)
+    assert found, last
+    if factor is not None:
+        before, after = map(float, found.groups())
+        assert after >= factor * before if factor > 1 else after <= factor * before, last
+
+
+def test_every_example_is_in_the_table_and_short() -> None:
+    scripts = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert scripts.keys() == EXPECTED.keys()
+    assert {name: lines for name, lines in scripts.items() if lines > 40} == {}

@@ -1,0 +1,226 @@
+"""The CUDA backend's emulator, and pairs of equal training states for the backend and the reference."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ivon_kernels.backends.base import Draw
+from ivon_kernels.backends.cuda import CudaBackend
+from ivon_kernels.backends.device import NOTHING_BAD, DeviceFlags
+from ivon_kernels.backends.reference import ReferenceBackend
+from ivon_kernels.backends.state import Arena, Launch, ParamState
+from ivon_kernels.backends.triton import TritonBackend
+from ivon_kernels.backends.triton_launch import interpreted
+from ivon_kernels.hyperparameters import GroupScalars
+
+SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "launch.cu"
+FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra")
+# Ends the process at an access that is not aligned as a GPU needs it, and at an overflow.
+TRAPS = ("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error")
+COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (F32, BF16, F16)
+GROUP = {
+    "lr": 0.1,
+    "ess": 50.0,
+    "hess_init": 0.5,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "weight_decay": 0.01,
+    "hess_approx": "price",
+    "clip_radius": float("inf"),
+    "debias": True,
+    "rescale_lr": True,
+}
+GROUPS = (GROUP, {**GROUP, "lr": 0.03, "beta1": 0.5, "clip_radius": 0.02}, {**GROUP, "ess": 3.0, "debias": False})
+DRAW = Draw(seed=2**64 - 3, sample=0, replica=3)
+
+
+@functools.cache
+def emulator() -> CudaBackend:
+    """The backend on a library in which loops stand for blocks and threads."""
+    backend = CudaBackend(str(_library()))
+    assert backend.unavailable() is None
+    return backend
+
+
+def _library() -> Path:
+    """Compiles it, once for all processes: its name tells the sources, the flags and the compiler."""
+    command = [str(COMPILER), "-x", "c++", str(SOURCE), *FLAGS, *TRAPS, "-DIVON_EMULATE", "-shared", "-fPIC"]
+    content = hashlib.sha256(repr(command).encode())
+    for path in sorted(SOURCE.parents[1].rglob("*.[hc]*")):
+        content.update(path.read_bytes())
+    folder = Path(tempfile.gettempdir()) / f"ivon_kernels-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / f"libivon_cuda_emulated-{content.hexdigest()[:16]}.so"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            unfinished = library.with_suffix(".unfinished")
+            result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+            assert result.returncode == 0 and not result.stderr, result.stderr
+            unfinished.rename(library)
+    return library
+
+
+def backend_on(where: str) -> CudaBackend:
+    """The emulator, or the backend itself on a GPU where there is one."""
+    backend = emulator() if where == "emulator" else CudaBackend()
+    if reason := backend.unavailable():
+        pytest.skip(f"the cuda backend: {reason}")
+    return backend
+
+
+OFFSETS = {"unaligned": 1, "aligned to 8 bytes": 2}  # elements, of float32
+
+
+def shifted(values: Tensor, offset: int) -> Tensor:
+    """A contiguous copy that starts some elements after an aligned address."""
+    return torch.empty(values.numel() + offset, dtype=values.dtype)[offset:].view(values.shape).copy_(values)
+
+
+def laid_out(values: Tensor, layout: str) -> Tensor:
+    """A copy with the same values and other strides or alignment."""
+    if layout == "transposed":
+        return values.movedim(0, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 0)
+    if layout == "channels_last":
+        return values.clone(memory_format=torch.channels_last)
+    if layout == "every other":
+        return torch.empty(*values.shape, 2, dtype=values.dtype)[..., 0].copy_(values)
+    if layout in OFFSETS:
+        return shifted(values, OFFSETS[layout])
+    return values.clone()
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy with the same strides and offset, in memory of its own."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    count = int(tensor.storage_offset()) + (last + 1 if tensor.numel() else 0)
+    flat = torch.empty(count, dtype=tensor.dtype, device=device)
+    return flat.as_strided(tensor.shape, tensor.stride(), int(tensor.storage_offset())).copy_(tensor)
+
+
+def device_of(backend: Any) -> torch.device:
+    """A GPU for what runs on one: the cuda backend itself, and triton where it is not interpreted."""
+    on_gpu = isinstance(backend, TritonBackend) and not interpreted()
+    on_gpu |= isinstance(backend, CudaBackend) and not backend.emulated
+    return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+
+
+class Side:
+    """Parameters with state and everything that an optimizer keeps around them, in some known middle of training."""
+
+    def __init__(
+        self,
+        backend: Any,
+        weights: Sequence[Tensor],
+        groups: Sequence[dict[str, Any]] = (GROUP,),
+        indices: Sequence[int] | None = None,
+        steps: int = 2,
+        arenas: int = 1,
+    ) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.backend, self.groups = backend, list(groups)
+        self.device = device_of(backend)
+        self.params = [moved(w, self.device) for w in weights]
+        self.control = DeviceFlags(self.device)
+        self.rows = GroupScalars()
+        self.rows.update(self.groups)
+        slots: list[ParamState] = []
+        for number in range(arenas):
+            mine = range(number, len(weights), arenas)
+            arena = Arena([weights[i].numel() for i in mine], self.device, torch.float32)
+            arena.control = self.control
+            arena.clear_sums()
+            for flat in (arena.mean, arena.momentum, arena.hess, *(arena.grad_sum, arena.second_sum)):
+                assert flat is not None
+                flat.fill_(7.0)  # the padding must stay as it is
+            for position, i in enumerate(mine):
+                index = i if indices is None else indices[i]
+                slot = ParamState(self.params[i], str(i), index, i % len(groups), backend, arena, position)
+                arena.steps[position] = steps + position % 3
+                slots.append(slot)
+        self.slots = sorted(slots, key=lambda slot: int(slot.name))
+        for slot, w in zip(self.slots, weights, strict=True):
+            slot.summed = True
+            slot.mean.copy_(w.float())
+            slot.momentum.copy_(torch.randn(w.shape, generator=generator) * 0.1)
+            slot.hess.copy_(torch.rand(w.shape, generator=generator) + 0.1)
+            for total in slot.sums or ():
+                total.zero_()
+            slot.summed = False
+        self.list = Launch(self.slots, backend.compiled, self.rows)
+
+    def set_grads(self, grads: Sequence[Tensor | None]) -> None:
+        for slot, grad in zip(self.slots, grads, strict=True):
+            slot.grad = None if grad is None else moved(grad, self.device)
+        if self.list.pointers is not None:
+            self.list.pointers.set_grads([slot.grad for slot in self.slots])
+
+    def set_summed(self, summed: Sequence[bool]) -> None:
+        for slot, flag in zip(self.slots, summed, strict=True):
+            slot.summed = flag
+        self.list.summed = any(summed)
+
+    def everything(self) -> list[Tensor]:
+        """All that an operation may write, the padding between tensors included."""
+        arenas = {id(slot.arena): slot.arena for slot in self.slots}.values()
+        flats = [[a.mean, a.momentum, a.hess, a.grad_sum, a.second_sum] for a in arenas]
+        numbers = [flat for part in flats for flat in part if flat is not None]
+        return [t.cpu() for t in (*self.params, *numbers, *(arena.steps for arena in arenas))]
+
+
+def assert_same(reference: Side, device: Side) -> None:
+    for a, b in zip(reference.everything(), device.everything(), strict=True):
+        assert torch.equal(a, b)
+    assert device.control.block.tolist() == [NOTHING_BAD, 0, 0, 0, 0, 0, 0, 0]
+
+
+def randn(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def grads_like(weights: Sequence[Tensor], dtype: torch.dtype | None = None, seed: int = 9) -> list[Tensor]:
+    return [randn(*w.shape, dtype=dtype or w.dtype, seed=seed + i) for i, w in enumerate(weights)]
+
+
+def both(cuda: CudaBackend, weights: Sequence[Tensor], **options: Any) -> tuple[Side, Side]:
+    return Side(ReferenceBackend(), weights, **options), Side(cuda, weights, **options)
+
+
+def train(
+    sides: tuple[Side, Side],
+    grads: Sequence[Tensor | None],
+    *,
+    draw: Draw = DRAW,
+    adopt: bool = False,
+    draw_next: bool = False,
+) -> None:
+    """Sample, restore, sample again, step; compare after each."""
+    for operation in ("sample", "restore", "sample", "step"):
+        for side in sides:
+            if operation == "sample":
+                side.backend.sample(side.list, draw, True)
+            elif operation == "restore":
+                side.backend.restore(side.list)
+            else:
+                side.set_grads(grads)
+                if adopt:
+                    side.backend.restore(side.list)
+                    side.params[0].view(-1)[::2] += 1.0
+                side.backend.step(side.list, draw, adopt, draw_next)
+        assert_same(*sides)
