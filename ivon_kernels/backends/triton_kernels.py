@@ -1,7 +1,7 @@
 """The Triton kernels: one program per chunk of a tensor, one launch for all tensors of a bucket.
 
-All run-time arguments are int64 (addresses too), so that no value of any of them compiles anything again. Flags that
-change the code are constexpr. Tensors are found through tables in device memory:
+All run-time arguments are int64 (addresses too) and none is specialized: one compilation is right for every value.
+Flags that change the code are constexpr. Tensors are found through tables in device memory:
 
     table   int64 [slots, COLUMNS]: addresses and numbers of a slot that stay as they are from step to step
     grads   int64 [slots]: addresses of the gradients, 0 for none
@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ivon_kernels.backends.triton_launch import launched
 from ivon_kernels.backends.triton_math import (
     ROW_BYTES,
     draw,
@@ -74,7 +75,7 @@ def noise(row, begin, lane, element, seed, index, step, sample_replica, SHARD: t
     return z
 
 
-@triton.jit
+@launched
 def sample_kernel(
     table: tl.int64,
     chunks: tl.int64,
@@ -114,7 +115,7 @@ def sample_kernel(
         begin += BLOCK
 
 
-@triton.jit
+@launched
 def restore_kernel(
     table: tl.int64,
     chunks: tl.int64,
@@ -135,7 +136,7 @@ def restore_kernel(
         begin += BLOCK
 
 
-@triton.jit
+@launched
 def check_kernel(
     table: tl.int64,
     chunks: tl.int64,
@@ -160,7 +161,7 @@ def check_kernel(
         tl.atomic_min(at(control, tl.int64), tl.load(row + INDEX))
 
 
-@triton.jit
+@launched
 def accumulate_kernel(
     table: tl.int64,
     chunks: tl.int64,
@@ -235,7 +236,7 @@ def _finish(table, members, member_count, control, mailbox, skip, flags):
         tl.store(block + 1, 0)
 
 
-@triton.jit
+@launched
 def step_kernel(
     table: tl.int64,
     chunks: tl.int64,

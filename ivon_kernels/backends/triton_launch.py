@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import inspect
 import os
 from array import array
 from collections.abc import Callable, Sequence
@@ -39,6 +40,19 @@ def interpreted() -> bool:
 def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def launched(function: Callable[..., None]) -> Any:
+    """``triton.jit`` for kernels that :class:`Kernel` launches: no run-time argument is specialized on its value.
+
+    Triton compiles a kernel anew for arguments that are 1 or divisible by 16, unless it is told not to; an annotation
+    (``tl.int64``) fixes the type alone. :class:`Kernel` compiles once and launches that code with every later value:
+    code that was specialized on the first launch's values drops masks, and writes beyond the tensors of the second.
+    """
+    import triton
+
+    parameters = inspect.signature(function).parameters.values()
+    return triton.jit(do_not_specialize=[p.name for p in parameters if "constexpr" not in str(p.annotation)])(function)
 
 
 class Mirror:
@@ -136,7 +150,7 @@ class Kernel:
     nothing: the first launch goes through Triton, later ones call the compiled kernel.
 
     Args:
-        kernel: The function that ``triton.jit`` made.
+        kernel: A kernel decorated with :func:`launched`.
         device: Where it runs, on the current stream.
         flags: The constexpr arguments, which follow the int64 ones.
     """
@@ -167,12 +181,12 @@ class Kernel:
 
 
 def _direct(compiled: Any, device: torch.device, flags: tuple[object, ...]) -> _Launch | None:
-    """A call of the compiled kernel as Triton 3.3 to 3.9 makes it itself, or None where its parts are others."""
+    """A call of the compiled kernel as Triton 3.4 to 3.9 makes it itself, or None where its parts are others."""
     import triton
     from triton.runtime import driver
 
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if not (3, 3) <= version <= (3, 9) or device.index is None:
+    if not (3, 4) <= version <= (3, 9) or device.index is None:
         return None
     if not all(hasattr(compiled, name) for name in ("run", "function", "packed_metadata")):
         return None

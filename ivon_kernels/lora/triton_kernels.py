@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ivon_kernels.backends.triton_launch import interpreted
+from ivon_kernels.backends.triton_launch import interpreted, launched
 from ivon_kernels.backends.triton_math import normals_at, normals_of_blocks
 from ivon_kernels.backends.triton_memory import aligned, at, rounded, widened
 
@@ -108,7 +108,7 @@ def interleaved(value):
     return tl.reshape(tl.join(value, tl.zeros_like(value)), (value.shape[0], 2 * value.shape[1]))
 
 
-@triton.jit
+@launched
 def down_kernel(
     x: tl.int64,
     mean: tl.int64,
@@ -175,7 +175,7 @@ def down_kernel(
     tl.store(to + (t * rank.to(tl.int32) + n), product, mask=exists & (n < rank - r))
 
 
-@triton.jit
+@launched
 def up_kernel(
     h: tl.int64,
     mean: tl.int64,
