@@ -145,7 +145,7 @@ class Stepper(Engine):
         samples.of_all_ranks = shared.samples
         if shared.bad:
             samples.nonfinite = samples.nonfinite or "a parameter on another rank"
-        return None if found_inf is None else torch.tensor(shared.bad)
+        return None if found_inf is None else torch.tensor(shared.bad, dtype=torch.bool)
 
     def _find_nonfinite(self, launches: Launches) -> str | None:
         """Name of a parameter whose gradient of any sample holds inf or nan."""

@@ -62,7 +62,7 @@ class Arena:
         self.momentum = torch.zeros_like(self.mean) if trained else self.hess
         self.steps = torch.zeros(len(sizes), device=device, dtype=torch.int64)
         self.control: DeviceFlags | None = None
-        self.noise = torch.empty(total, device=device) if keep_noise else None
+        self.noise = torch.empty(total, device=device, dtype=torch.float32) if keep_noise else None
         self.noise_tags = torch.full((len(sizes), 4), -1, dtype=torch.int64)
         self.sums: Tensor | None = None
         self.grad_sum: Tensor | None = None

@@ -53,7 +53,7 @@ def next_token(choices: Sequence[int] | None = None) -> Score:
         ids = _input_ids(batch, "next_token", 2)
         length = ids.shape[1]
         mask = batch.get("attention_mask")
-        last = torch.full((len(ids),), length - 1, device=ids.device)
+        last = torch.full((len(ids),), length - 1, dtype=torch.int64, device=ids.device)
         if mask is not None:
             last = last - mask.flip(1).bool().int().argmax(1)
         positions, place = last.unique(return_inverse=True)
@@ -141,13 +141,13 @@ def encode_choices(
     count, length = max(map(len, each)), max(len(ids) for rows, _ in encoded for ids in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     shape = len(prompts), count, length
-    ids = torch.full(shape, pad)
+    ids = torch.full(shape, pad, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.int64)
     answer_mask = torch.zeros(shape, dtype=torch.bool)
     for i, (rows, start) in enumerate(encoded):
         for j in range(count):
             tokens = rows[min(j, len(rows) - 1)]
-            ids[i, j, : len(tokens)] = torch.tensor(tokens)
+            ids[i, j, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
             mask[i, j, : len(tokens)] = 1
             answer_mask[i, j, start : len(tokens)] = j < len(rows)
     batch = {"input_ids": ids, "attention_mask": mask, "answer_mask": answer_mask}

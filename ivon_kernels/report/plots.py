@@ -5,6 +5,7 @@ Nothing global is touched: no backend is chosen and no style is changed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,7 +134,7 @@ def entropy_histogram(
     probabilities = probabilities.detach().cpu().double()
     if mutual_information is None:
         values, name = torch.special.entr(probabilities).sum(1), "entropy"
-        end = torch.tensor(float(probabilities.shape[1])).log().item()
+        end = math.log(probabilities.shape[1])
     else:
         values, name = mutual_information.detach().cpu().double(), "mutual information"
         end = max(values.max().item(), 1e-6)

@@ -68,7 +68,7 @@ def agree_on_seed(seed: int, given: bool, steps: int) -> int:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank of the default process group, all of which have to ask."""
-    votes = torch.tensor(int(flag), device=device)
+    votes = torch.tensor(int(flag), dtype=torch.int64, device=device)
     dist.all_reduce(votes, dist.ReduceOp.MAX)
     return bool(votes)
 
