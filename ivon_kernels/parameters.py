@@ -222,6 +222,8 @@ class Parameters(Optimizer):
     def _announce(self, params: list[Tensor], fsdp: list[Any]) -> None:
         """The weights were written: autograd sees another version, and FSDP2 gathers them anew."""
         increment_version(params)
+        # autocast caches casts of leaf weights until its outermost region ends, whatever their version.
+        torch.clear_autocast_cache()
         self._mean_copies.clear()
         for module in fsdp:
             module.reshard()

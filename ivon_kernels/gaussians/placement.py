@@ -137,5 +137,7 @@ class Placement:
     def _announce(self) -> None:
         """The weights were written: autograd sees another version, and FSDP2 gathers them anew."""
         increment_version(self._tracked)
+        # autocast caches casts of leaf weights until its outermost region ends, whatever their version.
+        torch.clear_autocast_cache()
         for module in self._fsdp:
             module.reshard()

@@ -6,6 +6,7 @@ below their resolution.
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -242,3 +243,73 @@ def test_updates_below_the_resolution_of_the_weights_add_up(backend: str, dtype:
     resolution = torch.finfo(dtype).eps
     torch.testing.assert_close(low.float(), torch.full((64,), 1 + steps * move), rtol=0, atol=resolution / 2 + 1e-5)
     assert move <= resolution / 4 and float(low.detach().min()) > 1 + 2 * resolution
+
+
+# ---- autocast keeps casts of weights for the length of a region, whatever is written into them -----------------------
+
+
+def _outputs(optimizer: IVON, layer: nn.Linear, x: Tensor) -> list[Tensor]:
+    """What one region's passes give: two MC samples, the mean after the step, an evaluation sample, the mean again."""
+    seen = []
+    for _ in range(2):
+        with optimizer.sampled_params(train=True):
+            optimizer.zero_grad()
+            seen.append(layer(x))
+            seen[-1].float().square().mean().backward()
+    optimizer.step()
+    seen.append(layer(x))
+    with optimizer.sampled_params():
+        seen.append(layer(x))
+    seen.append(layer(x))
+    optimizer.train()
+    seen.append(layer(x))
+    optimizer.eval()
+    seen.append(layer(x))
+    return [y.detach().float() for y in seen]
+
+
+def test_weights_are_cast_anew_in_an_autocast_region() -> None:
+    """One region around everything equals one without the cache."""
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+
+    def run(cache: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = nn.Linear(16, 3)
+        optimizer = IVON(layer.parameters(), lr=0.1, ess=50.0, seed=1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cache):
+            return _outputs(optimizer, layer, x)
+
+    seen = run(True)
+    for got, expected in zip(seen, run(False), strict=True):
+        assert torch.equal(got, expected)
+    first, second, mean, evaluated, again, trained, last = seen
+    assert torch.equal(mean, again) and torch.equal(mean, last)
+    assert all(not torch.equal(a, b) for a, b in ((first, second), (second, mean), (mean, evaluated), (mean, trained)))
+
+
+def test_loaded_weights_are_cast_anew_in_an_autocast_region() -> None:
+    layer, x = nn.Linear(16, 3), torch.randn(8, 16)
+    optimizer = IVON(layer.parameters(), lr=0.1, ess=50.0, seed=1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = layer(x)
+        optimizer.train()
+        layer(x).float().square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(layer(x), before)
+        optimizer.load_state_dict(saved)
+        assert torch.equal(layer(x), before)
+
+
+def test_a_posteriors_samples_are_cast_anew_in_an_autocast_region() -> None:
+    net, x = nn.Linear(16, 3), torch.randn(8, 16)
+    posterior = IVON(net.parameters(), lr=0.1, ess=50.0, seed=1).posterior(net)
+
+    def entropy() -> Tensor:
+        return posterior.predict(net, x, samples=4, score=lambda model, batch: model(batch)).mutual_information
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+        expected = entropy()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(x)
+        assert torch.equal(entropy(), expected) and bool((expected > 0).all())
