@@ -4,10 +4,9 @@
 """
 
 from ivon_kernels import noise
+from ivon_kernels._version import __version__
 from ivon_kernels.backends import available_backends
 from ivon_kernels.gradients import NonFiniteGradientError
 from ivon_kernels.optimizer import IVON
 
 __all__ = ["IVON", "NonFiniteGradientError", "__version__", "available_backends", "noise"]
-
-__version__ = "0.1.0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from ivon_kernels.gradients import Samples
 from ivon_kernels.hyperparameters import GroupScalars
 from ivon_kernels.parameters import Parameters
 from ivon_kernels.training import diagnostics
+from ivon_kernels.training.snapshot import snapshot
 
 if TYPE_CHECKING:
-    from ivon_kernels.optimizer import IVON
     from ivon_kernels.posterior import Posterior
 
 
@@ -68,7 +68,7 @@ class Store(Parameters):
         from ivon_kernels.posterior import Posterior
 
         self._adopt_edits()
-        return Posterior.of_optimizer(cast("IVON", self), model, adapter)
+        return Posterior.of_snapshot(snapshot(self.param_groups, self.state, self.seed), model, adapter)
 
     def diagnostics(self) -> list[dict[str, Any]]:
         """Whether training changes anything, one dict per parameter group.

@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ivon_kernels import sharding
-
-if TYPE_CHECKING:
-    from ivon_kernels.posterior import Gaussian
+from ivon_kernels.gaussians.gaussian import Gaussian
 
 __all__ = ["LoraWeights", "Unit", "Weight", "find_units", "lora_weights"]
 

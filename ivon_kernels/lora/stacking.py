@@ -5,25 +5,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.lora.modules import find_units
 from ivon_kernels.lora.op import BACKENDS
 from ivon_kernels.lora.patches import FusedLora, Patch, SampleBySample
 from ivon_kernels.nested import map_tensors
 from ivon_kernels.noise import MAX_SAMPLES
 
-if TYPE_CHECKING:
-    from ivon_kernels.posterior import Posterior
-
 __all__ = ["Stack", "stack"]
 
 
 def stack(
     model: nn.Module,
-    posterior: Posterior,
+    posterior: Gaussians,
     samples: int | Sequence[int] = 10,
     *,
     adapter: str | None = None,
@@ -76,7 +74,7 @@ class Stack:
     def __init__(
         self,
         model: nn.Module,
-        posterior: Posterior,
+        posterior: Gaussians,
         samples: int | Sequence[int] = 10,
         *,
         adapter: str | None = None,

@@ -5,9 +5,9 @@ the pictures of :mod:`ivon_kernels.report.plots` need ``pip install ivon-kernels
 """
 
 from ivon_kernels.gaussians.gaussian import Gaussian
-from ivon_kernels.posterior.core import Posterior
 from ivon_kernels.posterior.file import PosteriorFileError
 from ivon_kernels.posterior.merging import merge
+from ivon_kernels.posterior.posterior import Posterior
 from ivon_kernels.posterior.sweeps import Sweep, sweep_pruning, sweep_temperature
 from ivon_kernels.predict.generation import AveragedGeneration, generate, generate_averaged
 from ivon_kernels.predict.metrics import Scores, evaluate

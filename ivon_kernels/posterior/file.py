@@ -24,17 +24,16 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ivon_kernels._version import __version__
 from ivon_kernels.gaussians.gaussian import Gaussian
-
-if TYPE_CHECKING:
-    from ivon_kernels.posterior.core import Posterior
+from ivon_kernels.gaussians.gaussians import Gaussians
 
 __all__ = ["FILE", "PosteriorFileError", "load", "save", "save_sample"]
 
@@ -50,7 +49,7 @@ class PosteriorFileError(ValueError):
     """A file of a posterior is damaged, incomplete, or does not belong to the weights beside it."""
 
 
-def save(posterior: Posterior, folder: Path) -> None:
+def save(posterior: Gaussians, folder: Path) -> None:
     """See :meth:`ivon_kernels.posterior.Posterior.save`."""
     groups = list(dict.fromkeys((gaussian.ess, gaussian.weight_decay) for gaussian in posterior.values()))
     tensors: dict[str, Tensor] = {}
@@ -117,9 +116,8 @@ def load(folder: Path, device: torch.device | str) -> tuple[dict[str, Gaussian],
     return moved, seed
 
 
-def save_sample(posterior: Posterior, sample: int, target: str | Path | None) -> Path:
-    """See :meth:`ivon_kernels.posterior.Posterior.sample_adapter`."""
-    source = posterior.folder
+def save_sample(posterior: Gaussians, sample: int, source: Path | None, target: str | Path | None) -> Path:
+    """See :meth:`ivon_kernels.posterior.Posterior.sample_adapter`; `source` is the posterior's own folder."""
     if source is None:
         raise ValueError("this posterior has no folder yet: save it beside its adapter first, posterior.save(folder)")
     folder = source / f"sample_{sample}" if target is None else Path(target)
@@ -313,8 +311,6 @@ def _same(mean: Tensor, weight: Tensor) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    from ivon_kernels import __version__
-
     versions = {"ivon_kernels": __version__, "torch": torch.__version__}
     for package in ("peft", "transformers"):
         if package in sys.modules:

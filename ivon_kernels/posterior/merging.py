@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ivon_kernels.gaussians.gaussian import Gaussian
-from ivon_kernels.posterior.core import Posterior
+from ivon_kernels.posterior.posterior import Posterior
 
 __all__ = ["merge"]
 

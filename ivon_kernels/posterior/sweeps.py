@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
 
-    from ivon_kernels.posterior.core import Posterior
+    from ivon_kernels.posterior.posterior import Posterior
 
 __all__ = ["Criterion", "Sweep", "sweep_pruning", "sweep_temperature"]
 

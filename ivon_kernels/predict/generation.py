@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.predict.batches import sample_numbers, to_device
 from ivon_kernels.predict.passes import Sampler, device_of, evaluating
 from ivon_kernels.predict.scoring import accepted
-
-if TYPE_CHECKING:
-    from ivon_kernels.posterior.core import Posterior
 
 __all__ = ["AveragedGeneration", "generate", "generate_averaged"]
 
@@ -24,7 +22,7 @@ LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 def generate(
-    posterior: Posterior,
+    posterior: Gaussians,
     model: nn.Module,
     inputs: Any,
     *,
@@ -109,7 +107,7 @@ class _Choice:
 
 
 def generate_averaged(
-    posterior: Posterior,
+    posterior: Gaussians,
     model: nn.Module,
     inputs: Any,
     *,

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from ivon_kernels.lora import Stack
-    from ivon_kernels.posterior.core import Posterior
+from ivon_kernels import lora
+from ivon_kernels.gaussians.gaussians import Gaussians
 
 
 class Pass(NamedTuple):
     """What the weights hold for one pass of the model."""
 
     samples: int
-    stack: Stack | None
+    stack: lora.Stack | None
 
     def repeat(self, inputs: Any) -> Any:
         """The inputs of the pass: those of one sample, once for each, all rows of the first sample first."""
@@ -40,14 +39,14 @@ class Sampler:
     """
 
     def __init__(
-        self, posterior: Posterior, model: nn.Module, *, adapter: str | None, stacked: bool | None, max_rows: int | None
+        self, posterior: Gaussians, model: nn.Module, *, adapter: str | None, stacked: bool | None, max_rows: int | None
     ) -> None:
         self.model = model
         self._posterior, self._adapter, self._max_rows = posterior, adapter, max_rows
         self._required = stacked is True
         self._stacked = _is_lora(model, adapter) if stacked is None else stacked
         self._open = ExitStack()
-        self._stack: Stack | None = None
+        self._stack: lora.Stack | None = None
 
     def __enter__(self) -> Sampler:
         return self
@@ -102,8 +101,6 @@ class Sampler:
         if self._stack is not None:
             self._stack.select(group)
             return True
-        from ivon_kernels import lora
-
         self._leave()
         try:
             stack = lora.stack(self.model, self._posterior, group, adapter=self._adapter)

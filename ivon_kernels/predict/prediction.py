@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.predict.batches import Labelled, batches_of, cut, sample_numbers, split_labels, to_device
 from ivon_kernels.predict.passes import Sampler, device_of, evaluating
 from ivon_kernels.predict.scoring import Score, class_logits
 from ivon_kernels.predict.temperature import fit_temperature, scale
-
-if TYPE_CHECKING:
-    from ivon_kernels.posterior.core import Posterior
 
 __all__ = ["Prediction", "entropy_of", "predict"]
 
@@ -119,7 +117,7 @@ def entropy_of(probabilities: Tensor) -> Tensor:
 
 
 def predict(
-    posterior: Posterior,
+    posterior: Gaussians,
     model: nn.Module,
     inputs: Any,
     *,

@@ -1,0 +1,162 @@
+"""The trained posterior: a Gaussian for every weight tensor, by name, without the optimizer that found it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ivon_kernels.gaussians.gaussian import Gaussian
+from ivon_kernels.gaussians.gaussians import Gaussians, check_sample
+from ivon_kernels.posterior import checkpoints, file, hub
+from ivon_kernels.predict import generation, prediction
+from ivon_kernels.training.snapshot import snapshot
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Posterior"]
+
+
+class Posterior(Gaussians):
+    """What IVON has learned about the weights of a model: independent Gaussians, by name.
+
+    A mapping from names to :class:`Gaussian`. An adapter's weights have the names that PEFT saves them by, all others
+    their names in the model. Made by :meth:`ivon_kernels.IVON.posterior`, :meth:`load` or :meth:`from_checkpoint`::
+
+        model.save_pretrained(folder)
+        optimizer.posterior(model).save(folder)
+
+        model = PeftModel.from_pretrained(base, folder)  # in another process
+        posterior = Posterior.load(folder)
+        prediction = posterior.predict(model, inputs, samples=10)
+
+    Sample ``k`` of a posterior is the same set of weights at any time, on any device and backend: that of
+    ``optimizer.sampled_params(sample=k)``.
+
+    :class:`~ivon_kernels.gaussians.gaussians.Gaussians` puts it into models. :meth:`predict`, :meth:`generate` and
+    :meth:`generate_averaged` are the functions of these names in :mod:`ivon_kernels.posterior`: one implementation,
+    documented there, which takes any Gaussians.
+
+    Args:
+        gaussians: By name; the noise indices differ.
+        seed: Of the noise, in ``[0, 2^64)``.
+        folder: Where weights and posterior are saved together, or None.
+
+    Attributes:
+        seed: As above.
+        folder: As above; set by :meth:`save` and :meth:`load`.
+    """
+
+    def __init__(self, gaussians: Mapping[str, Gaussian], seed: int, folder: Path | None = None) -> None:
+        super().__init__(gaussians, seed)
+        self.folder = folder
+
+    predict = prediction.predict
+    generate = generation.generate
+    generate_averaged = generation.generate_averaged
+
+    # ---- from and to files -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Mapping[str, Any] | str | Path,
+        model: nn.Module,
+        *,
+        params: list[nn.Parameter] | None = None,
+        adapter: str | None = None,
+        seed: int = 0,
+    ) -> Self:
+        """The posterior in a state dict of IVON, or of ivon-opt 0.1.3.
+
+        Args:
+            checkpoint: The optimizer's state dict, or a file of torch.save that holds it, such as a Trainer
+                checkpoint's optimizer.pt.
+            model: The model that was trained. For a state dict of ivon-opt, which has no mean, its weights must hold
+                the mean.
+            params: The parameters that the optimizer was given, in order. None: found by name where the state dict has
+                names, else those that require a gradient; of a model loaded for inference, those of the adapter.
+            adapter: Which of the model's adapters; None for the active one.
+            seed: Of the noise, for a state dict of ivon-opt, which has none.
+
+        Raises:
+            ValueError: If it is no such state dict, or does not fit the parameters.
+        """
+        found = checkpoints.snapshot_of(checkpoint, model, params, adapter, seed)
+        return cls.of_snapshot(found, model, adapter)
+
+    @classmethod
+    def of_optimizer(cls, optimizer: Optimizer, model: nn.Module, adapter: str | None = None) -> Self:
+        """See :meth:`ivon_kernels.IVON.posterior`."""
+        groups = optimizer.param_groups
+        return cls.of_snapshot(snapshot(groups, optimizer.state, groups[0]["seed"]), model, adapter)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ivon_posterior.safetensors into the folder of the saved model or adapter.
+
+        Save the model first: ``model.save_pretrained(folder)``, at the mean. The file holds float32 mean and Hessian
+        of every tensor (8 bytes a weight) under PEFT's key names, and in its metadata ess, weight decay, seed, versions
+        and a hash of the weights beside it. An older file is replaced at once, never half written.
+
+        Args:
+            folder: Made if it is not there. Without saved weights in it the posterior is written alone, and compared
+                with the weights that are there when it is loaded.
+
+        Raises:
+            ValueError: If the weights in the folder are not this posterior's mean.
+            OSError: If it cannot be written.
+        """
+        file.save(self, Path(folder))
+        self.folder = Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", revision: str | None = None) -> Self:
+        """Read what :meth:`save` wrote; bit for bit the same means, variances and samples.
+
+        Args:
+            folder: A local folder, or a repository on the Hugging Face hub, which is downloaded to its cache.
+            device: Where to put it.
+            revision: Of the repository.
+
+        Raises:
+            FileNotFoundError: If there is no ivon_posterior.safetensors in the folder.
+            PosteriorFileError: If it is damaged or incomplete, or not saved with the weights that are beside it.
+        """
+        folder = hub.snapshot(folder, revision)
+        return cls(*file.load(folder, device), folder=folder)
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload posterior") -> str:
+        """Upload the saved posterior to a repository that has its adapter: after ``model.push_to_hub(repo_id)``.
+
+        Returns:
+            Where the commit is.
+
+        Raises:
+            ValueError: If it was not saved yet.
+        """
+        return hub.push(self.folder, repo_id, commit_message)
+
+    def sample_adapter(self, sample: int, folder: str | Path | None = None) -> Path:
+        """Write one sample as an ordinary adapter (or model) folder, for everything that knows nothing of posteriors.
+
+        The sample has the bits that :meth:`sampled` puts into weights of the saved dtype. Configuration and tokenizer
+        files come along.
+
+        Args:
+            sample: Number of the sample, in ``[0, 65536)``.
+            folder: Where to write; made if it is not there. None: ``sample_K`` in the posterior's own folder.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: If this posterior was neither saved nor loaded, or the folder is its own.
+            PosteriorFileError: If the weights that it was saved with are not there any more.
+        """
+        check_sample(sample)
+        return file.save_sample(self, sample, self.folder, folder)
