@@ -25,6 +25,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _peft_config(model: nn.Module) -> dict[str, Any]:
     """The adapters of a model, from PEFT or from transformers' own integration of it; empty if it has none."""
+    # Not imported to find out: that takes seconds, and nobody has adapters before somebody imported PEFT.
     config = getattr(model, "peft_config", None) if "peft" in sys.modules else None
     return config if isinstance(config, dict) else {}
 
@@ -48,7 +49,7 @@ def adapter_name(model: nn.Module, adapter: str | None) -> str | None:
         if len(config) == 1:
             return str(next(iter(config)))
         active = getattr(unwrap(model), "active_adapters", None)
-        active = active() if callable(active) else active
+        active = active() if callable(active) else active  # a property of PeftModel, a method of transformers' models
         if not isinstance(active, list) or len(active) != 1:
             raise ValueError(
                 f"several adapters are active, {active}: say which one, adapter=...; there are {list(config)}"
@@ -94,6 +95,7 @@ def weight_names(model: nn.Module, adapter: str | None = None) -> dict[str, nn.P
         return params
     found = _adapter_keys(model, chosen, params)
     of_adapter = {id(param) for param in found.values()}
+    # PEFT keeps the parameters of an adapter in dicts by its name, which is therefore one part of theirs.
     others = set(_peft_config(model)) - {chosen}
     for name, param in params.items():
         if id(param) not in of_adapter and others.isdisjoint(name.split(".")):

@@ -47,12 +47,13 @@ class Placement:
         self._rows = GroupScalars()
         self._groups: dict[tuple[float, float], int] = {}
         self._params = {name: params[name] for name in gaussians}
-        self._ids = {id(param) for param in params.values()}
+        self._ids = {id(param) for param in params.values()}  # of tensors that `_params` keeps alive
         self._held = 0
         slots: list[ParamState] = []
         buckets: dict[tuple[torch.device, torch.dtype], list[str]] = {}
         for name, param in self._params.items():
             buckets.setdefault((param.device, state_dtype(param.dtype)), []).append(name)
+        # What inference_mode makes can never be written outside of it, and a placement outlives the block that made it.
         with torch.inference_mode(False), torch.no_grad():
             for (device, dtype), names in buckets.items():
                 sizes = [sharding.memory(params[name]).numel() for name in names]
@@ -61,6 +62,7 @@ class Placement:
         self._slots = slots
         self._launches = by_backend(slots, self._rows)
         self._fsdp = sharding.fsdp_modules(self._params.values())
+        # Inference tensors have no version counter, and increment_version refuses them.
         self._tracked = [param for param in self._params.values() if not param.is_inference()]
 
     def _fill(

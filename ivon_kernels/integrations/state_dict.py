@@ -56,6 +56,7 @@ class _PutMean(_Hook):
             return
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             saved = state_dict.get(prefix + name)
+            # With keep_vars=True it is the parameter itself, which a caller asked for in order to write to it.
             if saved is not None and saved is not param and param in optimizer.state:
                 state_dict[prefix + name] = optimizer.mean_of(param)
 

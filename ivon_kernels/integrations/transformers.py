@@ -153,6 +153,7 @@ class IVONCallback(TrainerCallback):
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         best = Path(state.best_model_checkpoint)
+        # The last step was the best one, and its momentum and Hessian are still here.
         if best.name == f"checkpoint-{state.global_step}":
             return
         saved = best / _OPTIMIZER_FILE

@@ -13,6 +13,7 @@ from ivon_kernels.optimizer import IVON
 
 __all__ = ["attach_rollouts"]
 
+# Private in TRL, and the one method in which rollouts are generated and their log-probabilities computed.
 _GENERATE = "_generate_and_score_completions"
 
 

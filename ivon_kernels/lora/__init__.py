@@ -5,7 +5,8 @@ layer applies its own A_s, B_s to the rows of sample s by a kernel (:func:`lora_
 it uses them, so that they never exist in memory.
 """
 
-from ivon_kernels.lora.op import Factor, lora_samples_
+from ivon_kernels.lora.factor import Factor
+from ivon_kernels.lora.op import lora_samples_
 from ivon_kernels.lora.stacking import Stack, stack
 
 __all__ = ["Factor", "Stack", "lora_samples_", "stack"]

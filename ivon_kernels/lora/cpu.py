@@ -10,17 +10,14 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ivon_kernels.backends import cpu
 from ivon_kernels.backends.addresses import DTYPES
+from ivon_kernels.lora.factor import Factor
 from ivon_kernels.noise import EVAL_STEP
-
-if TYPE_CHECKING:
-    from ivon_kernels.lora.op import Factor
 
 __all__ = ["lora_samples_", "unsupported"]
 

@@ -13,7 +13,7 @@ from torch import nn
 from ivon_kernels import sharding
 from ivon_kernels.gaussians.gaussian import Gaussian
 
-__all__ = ["LoraWeights", "Unit", "Weight", "find_units", "lora_weights"]
+__all__ = ["LoraWeights", "SampledModule", "Weight", "find_modules", "lora_weights"]
 
 # Modules that read the weights of the modules in them without calling these.
 _READ_THEIR_PARTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -30,7 +30,7 @@ class Weight(NamedTuple):
 
 
 @dataclass
-class Unit:
+class SampledModule:
     """The smallest module that can be run with other weights in place."""
 
     path: str
@@ -46,12 +46,12 @@ class LoraWeights(NamedTuple):
     b: Weight
 
 
-def find_units(
+def find_modules(
     model: nn.Module, params: Mapping[str, nn.Parameter], gaussians: Mapping[str, Gaussian]
-) -> list[tuple[Unit, LoraWeights | None]]:
+) -> list[tuple[SampledModule, LoraWeights | None]]:
     """Attribute every weight of a posterior to the modules that have it.
 
-    The unit is the module that has a weight, but for the layers of PEFT (each is one unit, without the layer that it
+    That is the module that has a weight, but for the layers of PEFT (each is one module, without the layer that it
     adapts), for parts that their parent does not call, and for containers.
 
     Args:
@@ -60,14 +60,15 @@ def find_units(
         gaussians: The posterior.
 
     Returns:
-        Each unit once, with the two matrices where it is a LoRA linear layer that the kernels can take over.
+        Each module once, with the two matrices where it is a LoRA linear layer that the kernels can take over.
 
     Raises:
         ValueError: If a weight is found in no module, or a module cannot be run sample by sample.
     """
+    # A module that the model has in two places is exchanged once; a parameter that two modules share is found in both.
     modules = dict(model.named_modules(remove_duplicate=True))
     names = {id(param): name for name, param in params.items()}
-    units: dict[str, Unit] = {}
+    by_path: dict[str, SampledModule] = {}
     found = set()
     for path, owner in modules.items():
         for key, param in owner._parameters.items():
@@ -75,12 +76,12 @@ def find_units(
             if name is not None and param is not None:
                 found.add(name)
                 _check_weight(name, param)
-                at = _unit_path(path, modules)
-                unit = units.setdefault(at, Unit(at, modules[at]))
-                unit.weights.append(Weight(name, gaussians[name], param, owner, key))
+                at = _module_path(path, modules)
+                sampled = by_path.setdefault(at, SampledModule(at, modules[at]))
+                sampled.weights.append(Weight(name, gaussians[name], param, owner, key))
     if missing := sorted(set(params) - found):
         raise ValueError(f"no module of {type(model).__name__} has the posterior's weight {missing[0]!r}: cannot stack")
-    return _merge(units, modules)
+    return _merge(by_path)
 
 
 def _check_weight(name: str, param: nn.Parameter) -> None:
@@ -96,8 +97,8 @@ def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _unit_path(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Path of the unit that a parameter's owner belongs to."""
+def _module_path(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """Path of the module that has to run with samples of an owner's parameters."""
     at = path
     if ".parametrizations." in f".{path}.":  # called by the parametrized module
         at = f".{path}.".partition(".parametrizations.")[0].strip(".")
@@ -119,37 +120,39 @@ def _adapting(path: str, modules: Mapping[str, nn.Module]) -> str:
     return parent if path == f"{parent}.base_layer" and _is_adapter_layer(modules[parent]) else path
 
 
-def _merge(units: dict[str, Unit], modules: Mapping[str, nn.Module]) -> list[tuple[Unit, LoraWeights | None]]:
-    """Units inside another one that is run sample by sample become part of it."""
-    result: list[tuple[Unit, LoraWeights | None]] = []
-    whole: list[Unit] = []
-    for path in sorted(units, key=lambda p: (p.count("."), p)):  # outer ones first
-        unit = units[path]
+def _merge(by_path: dict[str, SampledModule]) -> list[tuple[SampledModule, LoraWeights | None]]:
+    """Modules inside another one that is run sample by sample become part of it."""
+    result: list[tuple[SampledModule, LoraWeights | None]] = []
+    whole: list[SampledModule] = []
+    for path in sorted(by_path, key=lambda p: (p.count("."), p)):  # outer ones first
+        sampled = by_path[path]
         outer = next((w for w in whole if not w.path or path.startswith(f"{w.path}.")), None)
         if outer is not None:
-            outer.weights += unit.weights
+            outer.weights += sampled.weights
             continue
-        weights = lora_weights(unit)
+        weights = lora_weights(sampled)
         if weights is None:
-            _check_runs_by_sample(unit)
-            whole.append(unit)
-        result.append((unit, weights))
+            _check_runs_by_sample(sampled)
+            whole.append(sampled)
+        result.append((sampled, weights))
     return result
 
 
-def _check_runs_by_sample(unit: Unit) -> None:
-    module = unit.module
+def _check_runs_by_sample(sampled: SampledModule) -> None:
+    module = sampled.module
     kind = type(module).__name__
     if type(module).forward is nn.Module.forward:
         raise ValueError(
-            f"the posterior's weight {unit.weights[0].name!r} is in no module with a forward(): cannot stack"
+            f"the posterior's weight {sampled.weights[0].name!r} is in no module with a forward(): cannot stack"
         )
     if isinstance(module, nn.RNNBase):
-        raise ValueError(f"{unit.path} ({kind}) has the batch in the second dimension of its state: cannot stack")
+        raise ValueError(f"{sampled.path} ({kind}) has the batch in the second dimension of its state: cannot stack")
     base = getattr(module, "base_layer", module)
     attention = getattr(base, "self_attn", base)
     if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first:
-        raise ValueError(f"{unit.path} ({kind}) has the batch in the second dimension: build it with batch_first=True")
+        raise ValueError(
+            f"{sampled.path} ({kind}) has the batch in the second dimension: build it with batch_first=True"
+        )
 
 
 # ---- PEFT ---------------------------------------------------------------------------------------------------------
@@ -165,14 +168,15 @@ def _is_adapter_layer(module: nn.Module) -> bool:
     return isinstance(module, tuple(_peft("peft.tuners.tuners_utils", "BaseTunerLayer")))
 
 
-def lora_weights(unit: Unit) -> LoraWeights | None:
-    """The matrices, if the unit is a LoRA linear layer that the kernels can take over; None if it has to run whole."""
-    layer: Any = unit.module
+def lora_weights(sampled: SampledModule) -> LoraWeights | None:
+    """The matrices of a LoRA linear layer that the kernels can take over; None if the module has to run whole."""
+    layer: Any = sampled.module
     kinds = _peft("peft.tuners.lora.layer", "Linear") + _peft("peft.tuners.lora.bnb", "Linear8bitLt", "Linear4bit")
+    # By forward(), not by isinstance: a subclass that computes something else has to run whole.
     known = type(layer).forward in [kind.forward for kind in kinds] and "forward" not in vars(layer)
-    if not known or len(unit.weights) != 2:
+    if not known or len(sampled.weights) != 2:
         return None
-    owned = {id(weight.owner): weight for weight in unit.weights}
+    owned = {id(weight.owner): weight for weight in sampled.weights}
     for adapter, factor in layer.lora_A.items():
         a, b = owned.get(id(factor)), owned.get(id(layer.lora_B[adapter]))
         if a is not None and b is not None:

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ivon_kernels.lora import cpu, reference, triton
+from ivon_kernels.lora.factor import DTYPES, Factor
 from ivon_kernels.noise import MAX_SAMPLES
 
 __all__ = ["BACKENDS", "DTYPES", "Factor", "lora_samples_"]
-
-BACKENDS = ("cpu", "triton", "reference")  # fastest first; each is the module ivon_kernels.lora.<name>
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Factor(NamedTuple):
-    """The posterior of one LoRA matrix, as kernels read it."""
-
-    mean: Tensor  # float32 [rows, columns], contiguous, on the device of x
-    inv_sigma: Tensor  # likewise; 1 / sigma, inf where there is no noise
-    index: int  # type: ignore[assignment]  # parameter index of its noise; hides tuple.index
-    dtype: torch.dtype  # float32, bfloat16 or float16: each sampled weight is rounded to it
 
 
 class _Backend(Protocol):
@@ -33,6 +21,9 @@ class _Backend(Protocol):
     def lora_samples_(
         self, out: Tensor, x: Tensor, a: Factor, b: Factor, scaling: float, seed: int, samples: Sequence[int]
     ) -> None: ...
+
+
+BACKENDS: dict[str, _Backend] = {"cpu": cpu, "triton": triton, "reference": reference}  # fastest first
 
 
 def lora_samples_(
@@ -76,19 +67,14 @@ def lora_samples_(
     return out
 
 
-@functools.cache
-def _module(name: str) -> _Backend:
-    return cast("_Backend", importlib.import_module(f"ivon_kernels.lora.{name}"))
-
-
 def _choose(name: str | None, out: Tensor, x: Tensor, a: Factor, b: Factor) -> _Backend:
     if name is None:
         # On the CPU, triton would be its interpreter: only for those who ask.
-        names = (n for n in BACKENDS if n != "triton" or out.device.type != "cpu")
-        return next(module for module in map(_module, names) if module.unsupported(out, x, a, b) is None)
+        modules = (module for key, module in BACKENDS.items() if key != "triton" or out.device.type != "cpu")
+        return next(module for module in modules if module.unsupported(out, x, a, b) is None)
     if name not in BACKENDS:
         raise ValueError(f"there is no backend {name!r}; choose one of {', '.join(BACKENDS)}, or None for the fastest")
-    module = _module(name)
+    module = BACKENDS[name]
     if reason := module.unsupported(out, x, a, b):
         raise ValueError(f"backend {name!r} cannot be used: {reason}; backend=None picks one that can")
     return module

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ivon_kernels.gaussians.placement import Placement
-from ivon_kernels.lora.modules import LoraWeights, Unit, Weight
-from ivon_kernels.lora.op import DTYPES, Factor, lora_samples_
-from ivon_kernels.nested import concatenate, map_tensors, tensors
+from ivon_kernels.lora.factor import DTYPES, Factor
+from ivon_kernels.lora.modules import LoraWeights, SampledModule, Weight
+from ivon_kernels.lora.op import lora_samples_
+from ivon_kernels.tree import concatenate, map_tensors, tensors
 
 __all__ = ["FusedLora", "Patch", "SampleBySample"]
 
@@ -30,14 +31,14 @@ class Patch(ABC):
 
     nbytes: int
 
-    def __init__(self, unit: Unit, samples: Sequence[int]) -> None:
-        self.path = unit.path
-        self.module = unit.module
-        self.params = [weight.param for weight in unit.weights]
+    def __init__(self, sampled: SampledModule, samples: Sequence[int]) -> None:
+        self.path = sampled.path
+        self.module = sampled.module
+        self.params = [weight.param for weight in sampled.weights]
         self.samples = samples
         self.calls = 0
-        self._own = vars(unit.module).get("forward")  # accelerate's hooks put one there, for example
-        self.forward = unit.module.forward
+        self._own = vars(sampled.module).get("forward")  # accelerate's hooks put one there, for example
+        self.forward = sampled.module.forward
 
     def install(self) -> None:
         """Take the place of forward()."""
@@ -94,16 +95,16 @@ class FusedLora(Patch):
     """
 
     def __init__(
-        self, unit: Unit, weights: LoraWeights, samples: Sequence[int], seed: int, backend: str | None
+        self, sampled: SampledModule, weights: LoraWeights, samples: Sequence[int], seed: int, backend: str | None
     ) -> None:
-        super().__init__(unit, samples)
+        super().__init__(sampled, samples)
         self.adapter = weights.adapter
         self.seed = seed
         self.backend = backend
         self.nbytes = 0
         self.a, self.b = self._factor(weights.a), self._factor(weights.b)
         # As PEFT's bitsandbytes layers do, which cast neither inputs nor outputs under autocast.
-        self._quantized = type(unit.module).__name__ in ("Linear8bitLt", "Linear4bit")
+        self._quantized = type(sampled.module).__name__ in ("Linear8bitLt", "Linear4bit")
 
     def _factor(self, weight: Weight) -> Factor:
         """The posterior's own tensors where they are, copies on the parameter's device elsewhere."""
@@ -182,15 +183,16 @@ class SampleBySample(Patch):
     The weights are swapped in by reference; the parameters themselves are never written.
     """
 
-    def __init__(self, unit: Unit, samples: Sequence[int], seed: int) -> None:
-        super().__init__(unit, samples)
+    def __init__(self, sampled: SampledModule, samples: Sequence[int], seed: int) -> None:
+        super().__init__(sampled, samples)
         self.seed = seed
-        self._weights = unit.weights
-        gaussians = {weight.name: weight.gaussian for weight in unit.weights}
+        self._weights = sampled.weights
+        gaussians = {weight.name: weight.gaussian for weight in sampled.weights}
+        # Stacks are made under inference_mode too, whose tensors could not be written by a later pass outside of it.
         with torch.inference_mode(False):
             self._scratch = {
                 weight.name: nn.Parameter(torch.empty_like(weight.param), requires_grad=False)
-                for weight in unit.weights
+                for weight in sampled.weights
             }
             self._placement = Placement(gaussians, self._scratch, None)
         copies = sum(gaussian.mean.nbytes + gaussian.hess.nbytes for gaussian in gaussians.values())  # the placement's
@@ -220,6 +222,7 @@ class SampleBySample(Patch):
     @contextlib.contextmanager
     def _scratch_in_place(self) -> Iterator[None]:
         places = [(weight.owner._parameters, weight.key, weight) for weight in self._weights]
+        # Not by setattr, which registers a new parameter each time, with its checks and everybody's hooks.
         for params, key, weight in places:
             params[key] = self._scratch[weight.name]
         try:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ivon_kernels import noise
-from ivon_kernels.lora.op import Factor
+from ivon_kernels.lora.factor import Factor
 
 __all__ = ["lora_samples_", "sampled_weight", "unsupported"]
 

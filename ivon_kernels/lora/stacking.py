@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ivon_kernels.gaussians.gaussians import Gaussians
-from ivon_kernels.lora.modules import find_units
+from ivon_kernels.lora.modules import find_modules
 from ivon_kernels.lora.op import BACKENDS
 from ivon_kernels.lora.patches import FusedLora, Patch, SampleBySample
-from ivon_kernels.nested import map_tensors
 from ivon_kernels.noise import MAX_SAMPLES
+from ivon_kernels.tree import map_tensors
 
 __all__ = ["Stack", "stack"]
 
@@ -86,10 +86,10 @@ class Stack:
         _check_model(model)
         seed = posterior.seed
         self._patches: list[Patch] = [
-            SampleBySample(unit, self.samples, seed)
+            SampleBySample(sampled, self.samples, seed)
             if weights is None
-            else FusedLora(unit, weights, self.samples, seed, backend)
-            for unit, weights in find_units(model, posterior.parameters_of(model, adapter), posterior)
+            else FusedLora(sampled, weights, self.samples, seed, backend)
+            for sampled, weights in find_modules(model, posterior.parameters_of(model, adapter), posterior)
         ]
         for patch in self._patches:
             patch.install()
@@ -196,6 +196,7 @@ def _numbers(samples: int | Sequence[int]) -> tuple[int, ...]:
 def _check_model(model: nn.Module) -> None:
     """Refuse models whose forward() cannot be exchanged, or has been already."""
     for path, module in model.named_modules():
+        # torch.compile(model) wraps it; model.compile() leaves the model and keeps the compiled call inside.
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise ValueError("the model is compiled, and would go on as it was: stack samples before torch.compile")
         if isinstance(module, nn.DataParallel):

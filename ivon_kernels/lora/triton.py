@@ -10,17 +10,15 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ivon_kernels.backends.triton import TritonBackend, signed
 from ivon_kernels.backends.triton_launch import Kernel, interpreted
+from ivon_kernels.lora.factor import Factor
 from ivon_kernels.noise import EVAL_STEP
-
-if TYPE_CHECKING:
-    from ivon_kernels.lora.op import Factor
 
 _PROGRAMS = 512  # of a launch, where there is work for them: a few for each multiprocessor of the largest GPUs
 _MAX_SPLITS = 16  # of the columns of A among programs: the second kernel adds up as many products

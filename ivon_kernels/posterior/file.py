@@ -56,6 +56,7 @@ def save(posterior: Gaussians, folder: Path) -> None:
     for name, gaussian in posterior.items():
         if reason := _wrong_values(gaussian):
             raise ValueError(f"this posterior cannot be saved: {name} has {reason}")
+        # safetensors writes memory as it lies, and refuses strided tensors.
         tensors[f"mean.{name}"] = gaussian.mean.cpu().contiguous()
         tensors[f"hess.{name}"] = gaussian.hess.cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +76,7 @@ def save(posterior: Gaussians, folder: Path) -> None:
         "weights": _hashes(folder),
         "versions": _versions(),
     }
+    # The metadata of safetensors are strings; everything else has to be a text.
     texts = {key: json.dumps(value) for key, value in metadata.items()}
     texts["sha256"] = json.dumps(_sha256(sorted(texts.items()), sorted(tensors.items())))
     write(folder / FILE, tensors, texts)
@@ -82,6 +84,7 @@ def save(posterior: Gaussians, folder: Path) -> None:
 
 def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file in one piece: it replaces an older one only when it is complete."""
+    # In the same folder: os.replace is in one piece within a file system only.
     with tempfile.TemporaryDirectory(prefix=".ivon_", dir=path.parent) as parts:
         part = Path(parts) / path.name
         save_file(tensors, part, metadata=metadata)
@@ -153,6 +156,7 @@ def _read(path: Path) -> tuple[dict[str, Gaussian], int, dict[str, str]]:
         if not 0 <= seed < 2**64:
             raise PosteriorFileError(f"{path} is damaged: seed {seed} is outside [0, 2^64)")
         weights = fields.get("weights", dict)
+        # A name with folders in it would be read, and hashed, from anywhere.
         if not all(isinstance(value, str) and Path(name).name == name for name, value in weights.items()):
             raise PosteriorFileError(f"{path} is damaged: its 'weights' are not file names with hashes")
         expected = {f"{kind}.{name}" for name in parameters for kind in ("mean", "hess")}
@@ -198,14 +202,14 @@ class _Fields:
             value = json.loads(self._metadata[key])
         except (ValueError, RecursionError) as error:
             raise PosteriorFileError(f"{self._path} is damaged: its {key!r} is no JSON ({error})") from error
-        if type(value) is not kind:
+        if type(value) is not kind:  # not isinstance: true is an int there
             raise PosteriorFileError(f"{self._path} is damaged: its {key!r} is no {kind.__name__}")
         return value
 
 
 def _group(path: Path, entry: object) -> tuple[float, float]:
     if isinstance(entry, list) and len(entry) == 2 and all(type(value) in (int, float) for value in entry):
-        ess, weight_decay = entry
+        ess, weight_decay = entry  # json also reads NaN, Infinity and whole numbers that no float holds
         if 0 < ess <= sys.float_info.max and 0 <= weight_decay <= sys.float_info.max:
             return float(ess), float(weight_decay)
     raise PosteriorFileError(f"{path} is damaged: {entry!r:.60} is no pair of ess and weight decay")
@@ -220,7 +224,7 @@ def _place(path: Path, name: str, entry: object, groups: int) -> tuple[int, int]
 
 
 def _tensor(path: Path, file: Any, key: str) -> Tensor:
-    kind = file.get_slice(key).get_dtype()
+    kind = file.get_slice(key).get_dtype()  # from the header, before memory is taken for it
     if kind not in _DTYPES:
         raise PosteriorFileError(f"{path} is damaged: {key} has dtype {kind}, not one of {', '.join(_DTYPES)}")
     tensor: Tensor = file.get_tensor(key)
@@ -271,7 +275,7 @@ def _each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            for name in sorted(file.keys()):
+            for name in sorted(file.keys()):  # one order, whoever wrote the file: they are hashed in it
                 yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise PosteriorFileError(f"{path} is not a whole safetensors file: {error}") from error
@@ -293,6 +297,7 @@ def _sha256(texts: Iterable[tuple[str, str]], tensors: Iterable[tuple[str, Tenso
     sha256 = hashlib.sha256(json.dumps(list(texts)).encode())
     for name, tensor in tensors:
         sha256.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        # As bytes, because numpy has no bfloat16; flattened first, because a scalar has no view of another size.
         sha256.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return sha256.hexdigest()
 

@@ -18,6 +18,7 @@ def snapshot(source: str | Path, revision: str | None) -> Path:
         return Path(source)
     from huggingface_hub import snapshot_download
 
+    # Nothing that could be a pickle: weights, configuration and posterior are safetensors and JSON.
     return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.safetensors", "*.json"]))
 
 

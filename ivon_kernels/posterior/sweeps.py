@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ivon_kernels.posterior.posterior import Posterior
 from ivon_kernels.predict import metrics
-from ivon_kernels.predict.prediction import Prediction, predict
-from ivon_kernels.predict.scoring import Score, class_logits
+from ivon_kernels.predict.prediction import PredictOptions, predict
+from ivon_kernels.report.plots import BLUE, ORANGE, new_axes
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.axes import Axes
-
-    from ivon_kernels.posterior.posterior import Posterior
+    from typing_extensions import Unpack
 
 __all__ = ["Criterion", "Sweep", "sweep_pruning", "sweep_temperature"]
 
@@ -57,8 +55,6 @@ class Sweep:
         Returns:
             The axes.
         """
-        from ivon_kernels.report.plots import BLUE, ORANGE, new_axes
-
         ax = new_axes(ax)
         ece = [scores.ece for scores in self.scores]
         accuracy = [scores.accuracy for scores in self.scores]
@@ -74,6 +70,14 @@ class Sweep:
         return ax
 
 
+class _Dial(NamedTuple):
+    """Something about a posterior that a sweep turns through its values."""
+
+    name: str
+    turned: Callable[[float], Posterior]  # the posterior at a value
+    values: tuple[float, ...]
+
+
 def sweep_temperature(
     posterior: Posterior,
     model: nn.Module,
@@ -82,13 +86,8 @@ def sweep_temperature(
     *,
     temperatures: Sequence[float] = TEMPERATURES,
     criterion: Criterion = "nll",
-    samples: int | Sequence[int] = 10,
-    score: Score = class_logits,
-    stacked: bool | None = None,
-    max_rows: int = 128,
     progress: bool | None = None,
-    device: torch.device | str | None = None,
-    adapter: str | None = None,
+    **options: Unpack[PredictOptions],
 ) -> Sweep:
     """Predict with :meth:`~ivon_kernels.posterior.Posterior.tempered` posteriors and choose the best temperature.
 
@@ -102,32 +101,17 @@ def sweep_temperature(
         labels: The right classes, integers ``[N]``; None where the batches have them.
         temperatures: Factors on ess; 1 is the posterior as it is.
         criterion: What to choose by.
-        samples: As in `predict`; the values share the samples' noise, so that they differ in nothing else.
-        score: As in `predict`.
-        stacked: As in `predict`.
-        max_rows: As in `predict`.
         progress: Whether to show a progress bar over the values; None does in a terminal.
-        device: As in `predict`.
-        adapter: As in `predict`.
+        **options: Of `predict`: ``samples``, ``score``, ``stacked``, ``max_rows``, ``device``, ``adapter``. The values
+            share the samples' noise, so that they differ in nothing else.
 
     Raises:
         TypeError: If `inputs` can be read once only.
         ValueError: If there are no labels, or an argument does not fit.
     """
-    _check(inputs, criterion, temperatures, all(0.0 < value < math.inf for value in temperatures), "finite and above 0")
-    run = partial(
-        predict,
-        model=model,
-        inputs=inputs,
-        samples=samples,
-        score=score,
-        stacked=stacked,
-        max_rows=max_rows,
-        progress=False,
-        device=device,
-        adapter=adapter,
-    )
-    return _sweep("temperature", posterior.tempered, run, labels, temperatures, criterion, progress)
+    _check_values(temperatures, lambda value: 0.0 < value < math.inf, "finite and above 0")
+    dial = _Dial("temperature", posterior.tempered, tuple(temperatures))
+    return _sweep(dial, model, inputs, labels, criterion, progress, options)
 
 
 def sweep_pruning(
@@ -138,13 +122,8 @@ def sweep_pruning(
     *,
     fractions: Sequence[float] = FRACTIONS,
     criterion: Criterion = "nll",
-    samples: int | Sequence[int] = 10,
-    score: Score = class_logits,
-    stacked: bool | None = None,
-    max_rows: int = 128,
     progress: bool | None = None,
-    device: torch.device | str | None = None,
-    adapter: str | None = None,
+    **options: Unpack[PredictOptions],
 ) -> Sweep:
     """Predict with :meth:`~ivon_kernels.posterior.Posterior.pruned` posteriors and choose the best fraction.
 
@@ -155,62 +134,45 @@ def sweep_pruning(
         labels: As there.
         fractions: Of the weights, which become 0; 0 is the posterior as it is.
         criterion: As there.
-        samples: As there; 0 predicts at the pruned mean.
-        score: As there.
-        stacked: As there.
-        max_rows: As there.
         progress: As there.
-        device: As there.
-        adapter: As there.
+        **options: As there; ``samples=0`` predicts at the pruned mean.
 
     Raises:
         TypeError: If `inputs` can be read once only.
         ValueError: If there are no labels, or an argument does not fit.
     """
-    _check(inputs, criterion, fractions, all(0.0 <= value <= 1.0 for value in fractions), "in [0, 1]")
-    run = partial(
-        predict,
-        model=model,
-        inputs=inputs,
-        samples=samples,
-        score=score,
-        stacked=stacked,
-        max_rows=max_rows,
-        progress=False,
-        device=device,
-        adapter=adapter,
-    )
-    return _sweep("pruned fraction", posterior.pruned, run, labels, fractions, criterion, progress)
+    _check_values(fractions, lambda value: 0.0 <= value <= 1.0, "in [0, 1]")
+    dial = _Dial("pruned fraction", posterior.pruned, tuple(fractions))
+    return _sweep(dial, model, inputs, labels, criterion, progress, options)
 
 
-def _check(inputs: Any, criterion: str, values: Sequence[float], fit: bool, wanted: str) -> None:
-    """Refuse at once what would fail later."""
-    if isinstance(inputs, Iterator):
-        raise TypeError("a sweep reads inputs once for each value, which an iterator does not allow: give a list")
-    if not values or not fit:
+def _check_values(values: Sequence[float], fits: Callable[[float], bool], wanted: str) -> None:
+    if not values or not all(map(fits, values)):
         raise ValueError(f"the values of a sweep must be {wanted}, and at least one, got {list(values)}")
-    if criterion not in get_args(Criterion):
-        raise ValueError(f"criterion must be one of {', '.join(get_args(Criterion))}, got {criterion!r}")
 
 
 def _sweep(
-    dial: str,
-    turned: Callable[[float], Posterior],
-    run: Callable[[Posterior], Prediction],
+    dial: _Dial,
+    model: nn.Module,
+    inputs: Any,
     labels: Tensor | None,
-    values: Sequence[float],
     criterion: Criterion,
     progress: bool | None,
+    options: PredictOptions,
 ) -> Sweep:
+    if isinstance(inputs, Iterator):
+        raise TypeError("a sweep reads inputs once for each value, which an iterator does not allow: give a list")
+    if criterion not in get_args(Criterion):
+        raise ValueError(f"criterion must be one of {', '.join(get_args(Criterion))}, got {criterion!r}")
     scores = []
     hidden = None if progress is None else not progress  # None: hidden where there is no terminal
-    for value in tqdm(values, desc=dial, unit="value", disable=hidden, leave=False):
-        prediction = run(turned(value))
+    for value in tqdm(dial.values, desc=dial.name, unit="value", disable=hidden, leave=False):
+        prediction = predict(dial.turned(value), model, inputs, progress=False, **options)
         right = prediction.labels if labels is None else labels
         if right is None:
             raise ValueError("a sweep needs labels: in the batches, or as an argument")
         scores.append(metrics.evaluate(prediction.probabilities, right))
     sign = -1.0 if criterion == "accuracy" else 1.0
     costs = [sign * getattr(each, criterion) for each in scores]
-    best = values[costs.index(min(costs))]
-    return Sweep(dial, tuple(values), tuple(scores), criterion, best, turned(best))
+    best = dial.values[costs.index(min(costs))]
+    return Sweep(dial.name, dial.values, tuple(scores), criterion, best, dial.turned(best))

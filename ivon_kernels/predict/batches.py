@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ivon_kernels.nested import map_tensors, tensors
 from ivon_kernels.noise import MAX_SAMPLES
+from ivon_kernels.tree import map_tensors, tensors
 
 
 class Labelled(NamedTuple):
@@ -36,6 +36,7 @@ def batches_of(inputs: Any) -> tuple[Iterable[Any], int | None]:
             f"inputs must be a batch (a tensor, a dict of tensors, or a tuple of inputs and labels) or an iterable of "
             f"batches such as a DataLoader, got {type(inputs).__name__}"
         )
+    # Not len(): of a DataLoader over an IterableDataset it raises TypeError, which length_hint takes for "unknown".
     return inputs, operator.length_hint(inputs) or None
 
 

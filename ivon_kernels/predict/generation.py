@@ -65,6 +65,7 @@ def generate(
             output = model.generate(**passed.repeat(batch), **chosen)  # type: ignore[operator]
             if not isinstance(output, Tensor):
                 raise ValueError("generate() returns sequences alone: leave return_dict_in_generate out of the options")
+            # Beams and returned sequences of a prompt lie beside each other, so that a sample's rows stay together.
             sequences += output.chunk(passed.samples)
     length = max(part.shape[1] for part in sequences)
     _, pad = _special_tokens(model, chosen.get("eos_token_id"), chosen.get("pad_token_id"))
@@ -185,7 +186,9 @@ class _Readers:
     def __init__(self, sampler: Sampler, numbers: tuple[int, ...], mask: Tensor) -> None:
         self._sampler, self._numbers = sampler, numbers
         self._mask = mask
-        self._caches: dict[int, Any] = {}  # by the number of the pass
+        # By the number of the pass: every read has the same passes in the same order, each with its samples' rows. A
+        # cache cannot be shared between samples, whose keys and values of the same tokens differ.
+        self._caches: dict[int, Any] = {}
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Read the next tokens ``[B, t]``: first the prompts, then one token for each.
@@ -194,8 +197,9 @@ class _Readers:
             The average over the samples of the distribution of the token after them, as log-probabilities, float32
             ``[B, V]``; and the average of its entropy, float32 ``[B]``.
         """
-        if self._caches:
+        if self._caches:  # the mask covers what the caches hold, too
             self._mask = torch.cat([self._mask, torch.ones_like(tokens)], 1)
+        # A model counts positions from the start of a row, which is padding; generate() corrects that, as here.
         positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         inputs = {"input_ids": tokens, "attention_mask": self._mask}
         inputs |= accepted(self._sampler.model, position_ids=positions)
@@ -212,6 +216,7 @@ class _Readers:
         model = self._sampler.model
         options = accepted(model, logits_to_keep=1)
         output = model(**inputs, **options, past_key_values=self._caches.get(number), use_cache=True)
+        # Read again from the output: some models make the cache themselves, and state-space models have none.
         self._caches[number] = getattr(output, "past_key_values", None)
         if self._caches[number] is None:
             raise ValueError(f"generate_averaged() needs a decoder with a key-value cache, got {type(model).__name__}")

@@ -102,6 +102,7 @@ class Sampler:
             self._stack.select(group)
             return True
         self._leave()
+        # Whether a model can be stacked is only known when it is tried; without being asked for, separate passes do.
         try:
             stack = lora.stack(self.model, self._posterior, group, adapter=self._adapter)
         except ValueError:
@@ -132,5 +133,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        # Not model.train(), which would set every module: of a model that is trained, frozen parts may be in eval mode.
         for module in training:
             module.training = True

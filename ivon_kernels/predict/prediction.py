@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ivon_kernels.predict.passes import Sampler, device_of, evaluating
 from ivon_kernels.predict.scoring import Score, class_logits
 from ivon_kernels.predict.temperature import fit_temperature, scale
 
-__all__ = ["Prediction", "entropy_of", "predict"]
+__all__ = ["PredictOptions", "Prediction", "entropy_of", "predict"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,17 @@ def entropy_of(probabilities: Tensor) -> Tensor:
     return result
 
 
+class PredictOptions(TypedDict, total=False):
+    """Options of :func:`predict`, which says what they are, for functions that pass them on."""
+
+    samples: int | Sequence[int]
+    score: Score
+    stacked: bool | None
+    max_rows: int
+    device: torch.device | str | None
+    adapter: str | None
+
+
 def predict(
     posterior: Gaussians,
     model: nn.Module,
@@ -132,10 +143,13 @@ def predict(
 ) -> Prediction:
     """Average the class probabilities of `inputs` over samples of the posterior.
 
+    This function is the method ``Posterior.predict`` too: ``posterior.predict(model, inputs)`` is how it is usually
+    called, and as a function it takes Gaussians that are no posterior with files.
+
     The model is in eval mode meanwhile; its modes and weights are as before afterwards, whatever happens.
 
     Args:
-        posterior: Where the samples come from.
+        posterior: Where the samples come from: a Posterior, or any other Gaussians.
         model: The model that it was trained in, or loaded for. It stays on its device.
         inputs: One batch or an iterable of batches, such as a DataLoader, which is read once, batch by batch. A batch
             is a tensor, a mapping of tensors, or a tuple or list ``(inputs, labels)``; ``labels`` in a mapping are the

@@ -57,6 +57,7 @@ def next_token(choices: Sequence[int] | None = None) -> Score:
         if mask is not None:
             last = last - mask.flip(1).bool().int().argmax(1)
         positions, place = last.unique(return_inverse=True)
+        # As a number it counts from the end, as a tensor it indexes: prompts that are padded on the right end anywhere.
         keep = 1 if positions.tolist() == [length - 1] else positions
         options = _options(model, batch, logits_to_keep=keep)
         logits = _logits(model(**batch, **options))
@@ -184,7 +185,7 @@ def _input_ids(batch: Any, name: str, dims: int) -> Tensor:
 
 def _options(model: nn.Module, batch: Mapping[str, Any], **wanted: Any) -> dict[str, Any]:
     """Of what would help, the arguments that the model has: no cache, fewer logits, positions that skip the padding."""
-    wanted["use_cache"] = False
+    wanted["use_cache"] = False  # nothing is read after this pass, and a cache would hold keys and values of all layers
     mask = batch.get("attention_mask")
     if mask is not None and not mask[:, 0].all():  # padded on the left
         wanted["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -1,4 +1,10 @@
-"""Tensors in nested containers: what models take and return."""
+"""Tensors in nested containers: what models take and return.
+
+Not by ``torch.utils._pytree``, which was tried: it knows containers by their exact class, so that a BatchEncoding, any
+other UserDict or mapping, and subclasses of dict, list and tuple would come back as they are, with their tensors
+unrepeated; what else it opens depends on which classes other libraries have registered for the whole process; and it
+takes 3 (a deep structure) to 90 times (a tensor) as long.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +48,9 @@ def concatenate(values: list[Any]) -> Any:
 def _rebuild(value: Any, item: Callable[[Any], Any]) -> Any:
     """A container like `value` with ``item(key)`` in every place; anything else as it is."""
     if isinstance(value, MutableMapping):
-        new = copy.copy(value)  # keeps the class: BatchEncoding, transformers' ModelOutput
+        # Copied and filled, as no constructor takes the items alone: BatchEncoding has the tokenizer's encodings beside
+        # them, and ModelOutput every value twice, as an item and as the attribute of that name, which a set item keeps.
+        new = copy.copy(value)
         for key in value:
             new[key] = item(key)
         return new
@@ -50,7 +58,7 @@ def _rebuild(value: Any, item: Callable[[Any], Any]) -> Any:
         return {key: item(key) for key in value}
     if isinstance(value, (list, tuple)):
         items = [item(position) for position in range(len(value))]
-        if hasattr(value, "_fields"):
+        if hasattr(value, "_fields"):  # a namedtuple takes its items one by one
             return type(value)(*items)
         return type(value)(items)
     return value
