@@ -1,4 +1,4 @@
-"""Dials on a trained posterior: temperature, pruning, merging."""
+"""Dials on Gaussians: temperature and pruning."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["pruned", "tempered"]
 
 
 def tempered(gaussians: Mapping[str, Gaussian], temperature: float) -> dict[str, Gaussian]:
-    """See :meth:`ivon_kernels.posterior.Posterior.tempered`."""
+    """See :meth:`ivon_kernels.gaussians.gaussians.Gaussians.tempered`."""
     if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}")
     return {name: replace(gaussian, ess=gaussian.ess * temperature) for name, gaussian in gaussians.items()}
 
 
 def pruned(gaussians: Mapping[str, Gaussian], fraction: float) -> dict[str, Gaussian]:
-    """See :meth:`ivon_kernels.posterior.Posterior.pruned`."""
+    """See :meth:`ivon_kernels.gaussians.gaussians.Gaussians.pruned`."""
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction must be in [0, 1], got {fraction!r}")
     if not gaussians:

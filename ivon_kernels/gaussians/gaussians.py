@@ -55,7 +55,7 @@ class Gaussians(Mapping[str, Gaussian]):
         Raises:
             ValueError: If a trained parameter is not in the model, or nothing was trained.
         """
-        known = {param: name for name, param in names.weight_names(model, adapter).items()}
+        known: dict[Tensor, str] = {param: name for name, param in names.weight_names(model, adapter).items()}
         found = {}
         for param, mean, hess, index, ess, weight_decay in snapshot.weights:
             if param not in known:

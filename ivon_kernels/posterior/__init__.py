@@ -1,10 +1,14 @@
 """The trained posterior, put to work: saved beside the adapter, sampled, predicted with, pruned, tempered.
 
-:class:`Posterior` comes from ``optimizer.posterior(model)`` or ``Posterior.load(folder)``. Scores, :func:`report` and
-the pictures of :mod:`ivon_kernels.report.plots` need ``pip install ivon-kernels[report]``.
+:class:`Posterior` comes from ``optimizer.posterior(model)`` or ``Posterior.load(folder)``. Its methods ``predict``,
+``generate`` and ``generate_averaged`` are the functions of these names here: ``posterior.predict(model, inputs)`` is
+``predict(posterior, model, inputs)``. As functions they take any :class:`Gaussians`.
+
+Scores, :func:`report` and the pictures of :mod:`ivon_kernels.report.plots` need ``pip install ivon-kernels[report]``.
 """
 
 from ivon_kernels.gaussians.gaussian import Gaussian
+from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.posterior.file import PosteriorFileError
 from ivon_kernels.posterior.merging import merge
 from ivon_kernels.posterior.posterior import Posterior
@@ -19,6 +23,7 @@ from ivon_kernels.report.page import report
 __all__ = [
     "AveragedGeneration",
     "Gaussian",
+    "Gaussians",
     "Posterior",
     "PosteriorFileError",
     "Prediction",

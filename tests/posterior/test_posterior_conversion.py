@@ -143,6 +143,8 @@ def test_other_parameters() -> None:
         Posterior.from_checkpoint(optimizer.state_dict(), nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)))
     with pytest.raises(ValueError, match=r"lacks \['step', 'momentum', 'hess'\]"):
         Posterior.from_checkpoint({**optimizer.state_dict(), "state": {0: {"mean": torch.ones(2, 3)}}}, model)
+    with pytest.raises(ValueError, match="no trained parameters"):
+        Posterior.from_checkpoint({**optimizer.state_dict(), "state": {}}, model)
     foreign = list(nn.Linear(3, 2).parameters())
     with pytest.raises(ValueError, match="in `params` is not in the model"):
         Posterior.from_checkpoint(optimizer.state_dict(), model, params=foreign)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ivon_kernels import IVON, lora
-from ivon_kernels.posterior import Posterior, Prediction, next_token, predict
+from ivon_kernels.posterior import Gaussians, Posterior, Prediction, generate, generate_averaged, next_token, predict
 from ivon_kernels.predict import prediction
 from tests.support.posterior_models import ROUNDING, Trained, features, tokens, train, trained_classifier, trained_llama
 from tests.support.tiny_llm import llama, same, weights
@@ -111,6 +111,17 @@ def test_no_samples_is_the_mean_of_the_posterior(mlp: Trained) -> None:
     assert found.sample_probabilities is not None and found.sample_probabilities.shape == (1, 6, 3)
     pruned = predict(mlp.posterior.pruned(1.0), mlp.model, x, samples=0)
     assert torch.equal(pruned.probabilities, torch.full((6, 3), 1 / 3, dtype=torch.float64))  # all weights are 0
+
+
+def test_the_method_is_the_function_which_takes_any_gaussians(llm: Trained) -> None:
+    assert Posterior.predict is predict
+    assert Posterior.generate is generate and Posterior.generate_averaged is generate_averaged
+    batch = ids_of(tokens(2, 4))
+    gaussians = Gaussians(llm.posterior, llm.posterior.seed)
+    for stacked in (True, False):
+        expected = llm.posterior.predict(llm.model, batch, samples=2, score=SCORE, stacked=stacked)
+        found = predict(gaussians.tempered(1.0), llm.model, batch, samples=2, score=SCORE, stacked=stacked)
+        assert torch.equal(found.probabilities, expected.probabilities)
 
 
 # ---- stacking -------------------------------------------------------------------------------------------------------

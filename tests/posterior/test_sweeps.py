@@ -103,6 +103,7 @@ def test_progress_counts_values(mlp: Trained, capsys: pytest.CaptureFixture[str]
         (sweep_pruning, {"fractions": [1.5]}, ValueError, r"in \[0, 1\]"),
         (sweep_pruning, {"criterion": "loss"}, ValueError, "one of nll, brier, ece, accuracy, got 'loss'"),
         (sweep_pruning, {"samples": 1}, ValueError, "needs labels"),
+        (sweep_pruning, {"sample": 1}, TypeError, "unexpected keyword argument 'sample'"),
     ],
 )
 def test_refusals(mlp: Trained, function: Any, options: dict[str, Any], error: type[Exception], reason: str) -> None:
