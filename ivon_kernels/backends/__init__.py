@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from ivon_kernels.backends.base import Backend, Draw, Guard, StepScalars
@@ -11,7 +14,17 @@ from ivon_kernels.backends.device import DeviceBackend, DeviceFlags
 from ivon_kernels.backends.reference import ReferenceBackend
 from ivon_kernels.backends.triton import TritonBackend
 
-__all__ = ["Backend", "DeviceBackend", "DeviceFlags", "Draw", "Guard", "StepScalars", "available_backends", "choose"]
+__all__ = [
+    "Backend",
+    "DeviceBackend",
+    "DeviceFlags",
+    "Draw",
+    "Guard",
+    "StepScalars",
+    "available_backends",
+    "choose",
+    "override",
+]
 
 # Fastest first: on a GPU cuda before triton at every size, because its launch costs the host least and the kernels do
 # the same work (docs/gpu-kernels.md has what is known). `reference` takes whatever the others do not.
@@ -23,6 +36,29 @@ _BACKENDS: dict[str, Backend] = {
 def available_backends() -> dict[str, str | None]:
     """Every backend with None if it can be used in this process, or the reason why not."""
     return {name: backend.unavailable() for name, backend in _BACKENDS.items()}
+
+
+@contextlib.contextmanager
+def override(name: str, backend: Backend | None) -> Iterator[None]:
+    """Within the block another backend goes by a name: an emulator, a recorder, a backend that is being written.
+
+    It holds for the whole process. An optimizer looks for its backend when it is made, and again when a group is added
+    or its parameters move: all of that belongs inside the block.
+
+    Args:
+        name: The name of the backend that is replaced. A new name comes last in the order of choice.
+        backend: What goes by that name, or None for a process that has no such backend.
+    """
+    before = dict(_BACKENDS)
+    if backend is None:
+        _BACKENDS.pop(name, None)
+    else:
+        _BACKENDS[name] = backend
+    try:
+        yield
+    finally:
+        _BACKENDS.clear()
+        _BACKENDS.update(before)
 
 
 def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:

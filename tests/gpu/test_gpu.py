@@ -40,10 +40,18 @@ SCALE = 2.0**16  # powers of two scale exactly: the bits are those of the unscal
 
 
 @pytest.fixture(params=GPU_TARGETS, ids=str)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     target: Target = request.param
-    target.use(monkeypatch)
-    return target.backend
+    with target.in_use():
+        yield target.backend
+
+
+@pytest.fixture
+def only_backend(backend: str) -> Iterator[str]:
+    """The backend, which ``backend=None`` takes on a GPU because the other one is not there."""
+    (other,) = {"cuda", "triton"} - {backend}
+    with backends.override(other, None):
+        yield backend
 
 
 @contextlib.contextmanager
@@ -228,11 +236,7 @@ def test_bad_gradients_may_be_skipped_and_counted(backend: str) -> None:
 
 @pytest.mark.parametrize("in_sample", [False, True], ids=["between steps", "before backward"])
 @pytest.mark.parametrize("steps", [0, 2])
-def test_a_model_may_move_there_and_back(
-    backend: str, steps: int, in_sample: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for other in {"cuda", "triton"} - {backend}:  # backend=None takes the one that is meant
-        monkeypatch.delitem(backends._BACKENDS, other)
+def test_a_model_may_move_there_and_back(only_backend: str, steps: int, in_sample: bool) -> None:
     cpu = torch.device("cpu")
     optimizer, params = fresh(None, cpu)
     model = nn.ParameterList(params)
@@ -244,7 +248,7 @@ def test_a_model_may_move_there_and_back(
         assert all(a is b for a, b in zip(model, params, strict=True))
         train(optimizer, params, 2, start=steps + 2 * number)
         if device.type == "cuda":
-            assert set(optimizer.backends.values()) == {backend}
+            assert set(optimizer.backends.values()) == {only_backend}
     expected, others = reference()
     train(expected, others, steps + 6)
     assert_equal(optimizer, expected)
@@ -267,9 +271,7 @@ def test_state_dicts_go_across_devices(backend: str, capturable: bool) -> None:
     assert all(three.state[p]["mean"].device == gpu_training.DEVICE for p in theirs)
 
 
-def test_the_cpu_and_a_gpu_train_together(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for other in {"cuda", "triton"} - {backend}:
-        monkeypatch.delitem(backends._BACKENDS, other)
+def test_the_cpu_and_a_gpu_train_together(only_backend: str) -> None:
     params = [nn.Parameter(w.to(gpu_training.DEVICE) if i % 2 else w) for i, w in enumerate(weights())]
     optimizer = IVON(params, **OPTIONS)
     expected = IVON([nn.Parameter(w) for w in weights()], backend="reference", **OPTIONS)

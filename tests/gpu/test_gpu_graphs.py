@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import pytest
@@ -29,10 +29,10 @@ class Graph(Protocol):
 
 
 @pytest.fixture(params=GPU_TARGETS, ids=str)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     target: Target = request.param
-    target.use(monkeypatch)
-    return target.backend
+    with target.in_use():
+        yield target.backend
 
 
 def warm_up(step: Callable[[], None]) -> None:

@@ -53,9 +53,9 @@ def _param(target: Target, case: Case) -> object:
 
 
 @pytest.mark.parametrize(("target", "case"), [_param(*entry) for entry in MATRIX])
-def test_training_has_the_bits_of_the_reference(target: Target, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    target.use(monkeypatch)
-    assert_has_the_bits_of_the_reference(target, case)
+def test_training_has_the_bits_of_the_reference(target: Target, case: Case) -> None:
+    with target.in_use():
+        assert_has_the_bits_of_the_reference(target, case)
 
 
 def test_the_covering_cases_cover() -> None:

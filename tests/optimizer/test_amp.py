@@ -67,6 +67,7 @@ def test_scaled_training_equals_unscaled(
     assert_same(snapshot(expected), snapshot(optimizer))
 
 
+@pytest.mark.on_triton
 @modes_and_contexts
 @pytest.mark.parametrize("samples", [1, 2])
 def test_a_skipped_step_changes_nothing_and_redraws_nothing(backend: str, modes: bool, samples: int) -> None:
@@ -100,6 +101,7 @@ def test_the_scaler_sees_support(backend: str) -> None:
     assert optimizer._step_supports_amp_scaling is True
 
 
+@pytest.mark.on_triton
 @pytest.mark.parametrize("found", [0.0, 1.0])
 @pytest.mark.parametrize("scale", [None, 8.0])
 def test_found_inf_and_grad_scale_as_attributes(backend: str, found: float, scale: float | None) -> None:
@@ -122,6 +124,7 @@ def test_found_inf_and_grad_scale_as_attributes(backend: str, found: float, scal
         assert p.grad is not None and (torch.equal(p.grad, g) or torch.equal(p.grad, g / (scale or 1.0)))
 
 
+@pytest.mark.on_triton
 def test_found_inf_with_nan_gradients_is_no_error(backend: str) -> None:
     """The scaler already decided to skip: raising as well would end every mixed-precision run."""
     optimizer, params = fresh(backend)

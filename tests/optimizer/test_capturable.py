@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,10 +25,10 @@ Schedule = Callable[[torch.optim.Optimizer], Any]
 
 
 @pytest.fixture(params=[EMULATED, INTERPRETED], ids=str)
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Target:
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     chosen: Target = request.param
-    chosen.use(monkeypatch)
-    return chosen
+    with chosen.in_use():
+        yield chosen
 
 
 def fresh(

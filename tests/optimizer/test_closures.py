@@ -135,7 +135,7 @@ def test_a_wrapper_that_inherits_acts_on_what_it_wraps(backend: str) -> None:
     for step in range(3):
         if step == 1:
             wrapper.train()
-            assert optimizer._held is not None
+            assert optimizer.holds_sample
             bowl(params, 0).backward()
         else:
             with wrapper.sampled_params(train=True):

@@ -100,6 +100,7 @@ def test_sizes(backend: str, dtype: torch.dtype, loop: Any) -> None:
         assert optimizer.state[p]["hess"].shape == p.shape
 
 
+@pytest.mark.on_triton
 def test_scalar_parameters(backend: str) -> None:
     p = nn.Parameter(torch.tensor(2.0))
     optimizer = IVON([p], backend=backend, **OPTIONS)
@@ -107,6 +108,7 @@ def test_scalar_parameters(backend: str) -> None:
     assert p.shape == () and optimizer.state[p]["mean"].shape == () and p.item() != 2.0
 
 
+@pytest.mark.on_triton
 def test_poisoned_state_is_never_read_outside_its_view(backend: str) -> None:
     """NaN in what lies between the parameters' parts of the arena must not reach any of them."""
     params = parameters(*SIZES)
@@ -173,6 +175,7 @@ def test_float16_extremes(backend: str) -> None:
     assert p.isfinite().all()
 
 
+@pytest.mark.on_triton
 def test_mixed_dtypes_train_as_if_alone(backend: str) -> None:
     """Every parameter's numbers are those that it has in an optimizer of its own (with the same noise index)."""
     params = [p for dtype in DTYPES for p in parameters(33, 6, dtype=dtype)]
@@ -190,6 +193,7 @@ def test_mixed_dtypes_train_as_if_alone(backend: str) -> None:
         assert torch.equal(twins[i % 2], p)
 
 
+@pytest.mark.on_triton
 def test_in_place_writes_bump_the_version_counter(backend: str) -> None:
     """Autograd must notice that a weight saved for backward was changed under it."""
     p = parameters(5)[0]
@@ -245,6 +249,7 @@ def test_a_weight_edited_outside_is_the_new_mean(backend: str, dtype: torch.dtyp
     assert abs(float(params[0][3].detach()) - 2.5) < 0.5
 
 
+@pytest.mark.on_triton
 @pytest.mark.parametrize("when", ["before evaluation", "between sample and step", "in modes", "before saving"])
 def test_an_edit_is_not_lost_at_other_moments(backend: str, when: str) -> None:
     params = parameters(17)

@@ -25,6 +25,7 @@ def evaluation_weights(optimizer: IVON, params: list[nn.Parameter], sample: int 
         return flat(params)
 
 
+@pytest.mark.on_triton
 def test_evaluation_samples_are_replayable_by_index(backend: str) -> None:
     optimizer, params = fresh(backend)
     train(optimizer, params, 2)
@@ -80,6 +81,7 @@ def test_evaluation_disturbs_neither_training_nor_the_global_rng(backend: str, s
     assert_same(snapshot(expected), snapshot(optimizer))
 
 
+@pytest.mark.on_triton
 def test_evaluation_samples_may_be_nested(backend: str) -> None:
     optimizer, params = fresh(backend)
     mean = flat(params)

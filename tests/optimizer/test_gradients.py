@@ -191,6 +191,7 @@ def test_a_parameter_without_gradient_is_left_alone(backend: str, modes: bool, k
     assert torch.equal(used, others[0]), "the other parameters train as if it were not there"
 
 
+@pytest.mark.on_triton
 def test_a_parameter_in_some_blocks_only_averages_over_all_samples(backend: str) -> None:
     """No gradient in a block that ran means a zero gradient there, as for any unused expert or branch."""
     optimizer, (always, sometimes) = fresh(backend, 3, 3, mc_samples=2)
@@ -217,6 +218,7 @@ def test_a_parameter_that_is_unfrozen_between_samples_joins_them(backend: str) -
     torch.testing.assert_close(optimizer.state[late]["momentum"], torch.full((3,), 0.2))
 
 
+@pytest.mark.on_triton
 def test_a_parameter_that_joins_late_is_debiased_by_its_own_count(backend: str) -> None:
     optimizer, (early, late) = fresh(backend, 3, 3, rescale_lr=False, weight_decay=0.0)
     train(optimizer, [early], 5)
@@ -242,6 +244,7 @@ def test_all_parameters_without_gradient(backend: str) -> None:
     assert not torch.equal(flat(params), before["0.param"].new_zeros(0)) and flat(params).isfinite().all()
 
 
+@pytest.mark.on_triton
 def test_empty_groups_and_empty_parameters(backend: str) -> None:
     expected, others = fresh(backend, 4)
     train(expected, others, 3)
@@ -329,6 +332,7 @@ def test_non_finite_gradients_raise_before_anything_changes(backend: str, modes:
     assert_same(before, snapshot(optimizer))
 
 
+@pytest.mark.on_triton
 def test_non_finite_gradients_without_names_tell_the_position(backend: str) -> None:
     params = parameters(4, 5)
     optimizer = IVON([{"params": params[:1]}, {"params": params[1:]}], backend=backend, **OPTIONS)
@@ -339,6 +343,7 @@ def test_non_finite_gradients_without_names_tell_the_position(backend: str) -> N
         optimizer.step()
 
 
+@pytest.mark.on_triton
 def test_the_step_after_an_error_is_as_if_it_had_not_been(backend: str) -> None:
     expected, others = fresh(backend)
     train(expected, others, 3)
@@ -383,6 +388,7 @@ def test_skip_leaves_the_step_out_and_counts_it(backend: str, modes: bool, value
     assert_same(snapshot(expected), snapshot(optimizer))
 
 
+@pytest.mark.on_triton
 def test_non_finite_in_an_earlier_sample_is_noticed(backend: str) -> None:
     optimizer, params = fresh(backend, mc_samples=2)
     before = snapshot(optimizer)
@@ -409,6 +415,7 @@ def test_a_copy_remembers_a_non_finite_sample(backend: str) -> None:
     assert_same(before, snapshot(twin))
 
 
+@pytest.mark.on_triton
 def test_huge_finite_gradients_are_no_error(backend: str) -> None:
     optimizer, params = fresh(backend, clip_radius=0.1, rescale_lr=False)
     optimizer.train()
@@ -423,6 +430,7 @@ def test_huge_finite_gradients_are_no_error(backend: str) -> None:
     assert (flat(params) - mean).abs().max() <= 0.1 * 0.1 * 1.001
 
 
+@pytest.mark.on_triton
 def test_nonfinite_gradients_can_be_let_through(backend: str) -> None:
     """As torch's own optimizers do: the check costs a pass over the gradients."""
     optimizer, params = fresh(backend, nonfinite="ignore")

@@ -222,6 +222,7 @@ def test_the_default_seed_is_torchs_and_leaves_the_global_rng_alone() -> None:
     assert optimizer.seed == 1234 and torch.equal(torch.get_rng_state(), rng)
 
 
+@pytest.mark.on_triton
 def test_the_seed_decides_the_trajectory(backend: str) -> None:
     results = []
     for seed in (1, 1, 2, 2**63 + 1, 1 + 2**32):
@@ -241,6 +242,7 @@ def test_available_backends() -> None:
     assert all(reason is None or (isinstance(reason, str) and reason) for reason in found.values())
 
 
+@pytest.mark.on_triton
 def test_backends_names_what_runs(backend: str) -> None:
     params = parameters(3) + parameters(3, dtype=torch.bfloat16)
     optimizer = IVON(params, backend=backend, **OPTIONS)
@@ -285,6 +287,7 @@ def test_diagnostics_equal_a_direct_computation(backend: str) -> None:
         assert report["elements"] == p.numel() and report["steps"] == 5
 
 
+@pytest.mark.on_triton
 def test_diagnostics_change_nothing_and_need_no_step(backend: str) -> None:
     optimizer, params = fresh(backend)
     before = snapshot(optimizer)

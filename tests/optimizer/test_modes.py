@@ -105,6 +105,7 @@ def test_every_loop_gives_the_same_bits(
     assert_same(snapshot(expected[0]), snapshot(actual[0]))
 
 
+@pytest.mark.on_triton
 def test_sample_in_step_leaves_the_next_sample(backend: str) -> None:
     one, params = fresh(backend, sample_in_step=True)
     two, others = fresh(backend)
@@ -125,6 +126,7 @@ def test_sample_in_step_leaves_the_next_sample(backend: str) -> None:
     assert torch.equal(flat(params), flat(others))
 
 
+@pytest.mark.on_triton
 def test_a_block_after_a_loop_with_sample_in_step(backend: str) -> None:
     """The sample that the last step drew was for a step that never came: it is not one of the block's."""
     one, params = fresh(backend, sample_in_step=True)
@@ -191,6 +193,7 @@ def test_a_raising_block_restores_the_mean_and_does_not_count(backend: str, exce
     assert_same(snapshot(expected), snapshot(optimizer))
 
 
+@pytest.mark.on_triton
 def test_a_raising_block_is_no_sample_for_step(backend: str) -> None:
     optimizer, params = fresh(backend)
     with contextlib.suppress(ValueError), optimizer.sampled_params(train=True):
@@ -252,6 +255,7 @@ def test_evaluation_in_the_middle_of_accumulation(backend: str) -> None:
     assert_same(snapshot(expected), snapshot(optimizer))
 
 
+@pytest.mark.on_triton
 def test_the_sample_survives_eval_before_step(backend: str) -> None:
     """eval() between backward() and step() puts the mean back but does not forget the sample."""
     expected, others = fresh(backend)
@@ -266,6 +270,7 @@ def test_the_sample_survives_eval_before_step(backend: str) -> None:
     assert_same(snapshot(expected), snapshot(optimizer))
 
 
+@pytest.mark.on_triton
 def test_discard_samples_forgets_the_unfinished_step(backend: str) -> None:
     expected, others = fresh(backend, mc_samples=2)
     train(expected, others, 2, samples=2)
@@ -397,6 +402,7 @@ def test_a_raising_closure_restores_the_mean_and_does_not_count(backend: str) ->
     assert_same(snapshot(expected), snapshot(optimizer))
 
 
+@pytest.mark.on_triton
 def test_one_step_equals_the_equations(backend: str) -> None:
     """The smallest statement of what a step is, with the noise read off the weights' own specification."""
     optimizer, params = fresh(backend, mc_samples=2)

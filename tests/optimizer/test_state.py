@@ -76,6 +76,7 @@ def test_the_dict_is_not_a_moving_target_after_load(backend: str) -> None:
     assert saved["param_groups"] == kept["param_groups"]
 
 
+@pytest.mark.on_triton
 @pytest.mark.parametrize("moment", ["mean", "sample", "half a step"])
 def test_saving_inside_a_sample_saves_the_mean(backend: str, moment: str) -> None:
     """Saved at any moment, the state holds the mean; the unfinished step is drawn again."""
@@ -97,6 +98,7 @@ def test_saving_inside_a_sample_saves_the_mean(backend: str, moment: str) -> Non
     assert_same(snapshot(optimizer), snapshot(other))
 
 
+@pytest.mark.on_triton
 def test_loading_inside_a_sample_leaves_the_mean(backend: str) -> None:
     optimizer, params = two_groups(backend)
     train(optimizer, params, 3)
@@ -196,6 +198,7 @@ def test_a_copy_continues_exactly_and_alone(
         assert torch.equal(flat(params), flat(others))
 
 
+@pytest.mark.on_triton
 def test_deepcopy_of_model_and_optimizer_together_keeps_them_together(backend: str) -> None:
     model = nn.Linear(4, 3)
     optimizer = IVON(model.parameters(), backend=backend, seed=0, **OPTIONS)

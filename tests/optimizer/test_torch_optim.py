@@ -135,6 +135,7 @@ def test_add_param_group_refuses_what_the_constructor_refuses(backend: str) -> N
 # --- parameters that move --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.on_triton
 def test_a_parameter_whose_storage_moved_is_followed(backend: str) -> None:
     """``p.data = ...`` (model.to, vmap tricks, quantizers): the new storage is used and its values are the mean."""
     expected, others = two_groups(backend)
@@ -147,6 +148,7 @@ def test_a_parameter_whose_storage_moved_is_followed(backend: str) -> None:
     assert_same(snapshot(expected), snapshot(optimizer))
 
 
+@pytest.mark.on_triton
 def test_a_parameter_whose_strides_changed_in_place_is_followed(backend: str) -> None:
     """Another view of the same memory: neither the pointer nor contiguity tells, only the strides do."""
     values = parameters((4, 4, 4))[0].detach()
@@ -162,6 +164,7 @@ def test_a_parameter_whose_strides_changed_in_place_is_followed(backend: str) ->
     assert torch.equal(moving, expected)
 
 
+@pytest.mark.on_triton
 def test_a_parameter_set_to_new_data_starts_from_it(backend: str) -> None:
     optimizer, params = two_groups(backend)
     train(optimizer, params, 2)
@@ -173,6 +176,7 @@ def test_a_parameter_set_to_new_data_starts_from_it(backend: str) -> None:
     assert (params[0] - 7).abs().max() < 3.0
 
 
+@pytest.mark.on_triton
 def test_a_parameter_that_changed_its_dtype(backend: str) -> None:
     optimizer, params = two_groups(backend)
     train(optimizer, params, 2)

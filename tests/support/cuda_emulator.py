@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -9,7 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ivon_kernels import backends
 from ivon_kernels.backends.base import Draw
 from ivon_kernels.backends.cuda import CudaBackend
 from ivon_kernels.backends.device import NOTHING_BAD, DeviceFlags
@@ -56,6 +58,18 @@ def emulator() -> CudaBackend:
     backend = CudaBackend(str(_library()))
     assert backend.unavailable() is None
     return backend
+
+
+@contextlib.contextmanager
+def emulated(backend: str) -> Iterator[None]:
+    """If `backend` is ``cuda`` that is the emulator within the block; skips the test if no compiler makes it."""
+    if backend != "cuda":
+        yield
+        return
+    if COMPILER is None:
+        pytest.skip("no C++ compiler was found, which makes the emulator of backend cuda")
+    with backends.override("cuda", emulator()):
+        yield
 
 
 def _library() -> Path:

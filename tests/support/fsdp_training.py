@@ -13,7 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from ivon_kernels import IVON, backends
+from ivon_kernels import IVON
+from tests.support.cuda_emulator import emulated
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 0.01, "seed": 11}
 BATCH = 8
@@ -135,15 +136,6 @@ def _tensor_parallel(model: Model, mesh: DeviceMesh) -> DeviceMesh:
     return mesh
 
 
-def use(backend: str) -> str:
-    """Make a backend's emulation available in this process."""
-    if backend == "cuda":
-        from tests.support import cuda_emulator
-
-        backends._BACKENDS["cuda"] = cuda_emulator.emulator()
-    return backend
-
-
 def plain(count: int, backend: str, clip: float | None = None) -> Trained:
     """What all others are compared with: one process, ordinary parameters."""
     model = build()
@@ -154,8 +146,9 @@ def plain(count: int, backend: str, clip: float | None = None) -> Trained:
 def trained(kind: str, count: int, backend: str, same_data: bool, clip: float | None) -> Trained:
     model = build()
     shard(model, kind)
-    optimizer = IVON(model.named_parameters(), backend=use(backend), **OPTIONS)
-    return steps(model, optimizer, count, same_data=same_data, clip=clip), everything(model, optimizer)
+    with emulated(backend):
+        optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+        return steps(model, optimizer, count, same_data=same_data, clip=clip), everything(model, optimizer)
 
 
 # --- moments at which FSDP2 keeps its gathered weights ----------------------------------------------------------------
@@ -227,41 +220,41 @@ def scaled(kind: str, backend: str, bad_rank: int | None) -> tuple[dict[str, Ten
     """A GradScaler; in the second step the gradient overflows, on one rank's part of the data if `bad_rank` says so."""
     model = build()
     shard(model, kind)
-    optimizer = IVON(model.named_parameters(), backend=use(backend), **OPTIONS)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    for step in range(4):
-        optimizer.train()
-        optimizer.zero_grad()
-        loss = scaler.scale(loss_of(model, batch(step)))
-        if step == 1 and bad_rank in (None, dist.get_rank() if dist.is_initialized() else None):
-            loss = loss * float("inf")
-        loss.backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.eval()
-    return everything(model, optimizer), optimizer.skipped_steps, scaler.get_scale()
+    with emulated(backend):
+        optimizer = IVON(model.named_parameters(), backend=backend, **OPTIONS)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        for step in range(4):
+            optimizer.train()
+            optimizer.zero_grad()
+            loss = scaler.scale(loss_of(model, batch(step)))
+            if step == 1 and bad_rank in (None, dist.get_rank() if dist.is_initialized() else None):
+                loss = loss * float("inf")
+            loss.backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.eval()
+        return everything(model, optimizer), optimizer.skipped_steps, scaler.get_scale()
 
 
 def one_bad_shard(backend: str, nonfinite: str) -> tuple[dict[str, Tensor], dict[str, Tensor], int, str]:
     """Only rank 0's shard of a gradient holds NaN: state before and after, skipped steps, the error."""
     model = build()
     shard(model, "FSDP2")
-    optimizer = IVON(model.named_parameters(), backend=use(backend), nonfinite=nonfinite, **OPTIONS)  # type: ignore[arg-type]
-    steps(model, optimizer, 1)
-    before = everything(model, optimizer)
-    optimizer.train()
-    loss_of(model, batch(1)).backward()
-    if dist.get_rank() == 0:
-        model.first.weight.grad.to_local()[0, 0] = float("nan")
-    message = ""
-    try:
-        optimizer.step()
-        optimizer.eval()
-        if optimizer.holds_sample is False and backend == "cuda":
-            optimizer._raise_reported()
-    except RuntimeError as error:
-        message = str(error)
-    return before, everything(model, optimizer), optimizer.skipped_steps, message
+    with emulated(backend):
+        optimizer = IVON(model.named_parameters(), backend=backend, nonfinite=nonfinite, **OPTIONS)  # type: ignore[arg-type]
+        steps(model, optimizer, 1)
+        before = everything(model, optimizer)
+        optimizer.train()
+        loss_of(model, batch(1)).backward()
+        if dist.get_rank() == 0:
+            model.first.weight.grad.to_local()[0, 0] = float("nan")
+        message = ""
+        try:
+            optimizer.step()
+            optimizer.eval()
+        except RuntimeError as error:
+            message = str(error)
+        return before, everything(model, optimizer), optimizer.skipped_steps, message
 
 
 def collectives_in_a_step(backend: str) -> int:

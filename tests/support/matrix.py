@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_kernels import IVON, available_backends, backends
+from ivon_kernels import IVON, available_backends
 from ivon_kernels.backends.triton_launch import interpreted
-from tests.support.cuda_emulator import COMPILER, emulator, moved
+from tests.support.cuda_emulator import emulated, moved
 
 DTYPES = {
     "float32": (torch.float32,),
@@ -54,8 +56,9 @@ class Target:
         how = {"cuda": " emulated", "triton": " interpreted"}.get(self.backend, "") if self.device == "cpu" else ""
         return f"{self.backend}{how}@{self.device}"
 
-    def use(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Make the backend of this name the one that is meant; skip the test if it cannot be had."""
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The backend of this name is the one that is meant; skips the test if it cannot be had."""
         if self.device == "cuda":
             if self.backend == "triton" and interpreted():
                 pytest.skip("TRITON_INTERPRET is set")
@@ -63,12 +66,10 @@ class Target:
                 pytest.skip("there is no GPU")
         elif self.backend == "triton" and not interpreted():
             pytest.skip("TRITON_INTERPRET is off")
-        elif self.backend == "cuda":
-            if COMPILER is None:
-                pytest.skip("no C++ compiler was found, which makes the emulator")
-            monkeypatch.setitem(backends._BACKENDS, "cuda", emulator())
-        if reason := available_backends()[self.backend]:
-            pytest.skip(f"backend {self.backend}: {reason}")
+        with emulated(self.backend) if self.device == "cpu" else contextlib.nullcontext():
+            if reason := available_backends()[self.backend]:
+                pytest.skip(f"backend {self.backend}: {reason}")
+            yield
 
 
 CPU = Target("cpu", "cpu")
