@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from ivon_kernels import available_backends
 from ivon_kernels.backends.triton_launch import interpreted
+from tests.support import shake
 from tests.support.cuda_emulator import emulated
 from tests.support.ranks import Ranks
 
@@ -63,14 +64,14 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _as_asked() -> None:
     """Before the fixtures of modules, whose results tests compare: a matrix product's rounding depends on it."""
-    torch.set_num_threads(1)
+    shake.start()
 
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """The same global seed for every test, and one thread again after one that took more."""
+    """The same global seed for every test, and the number of threads again after one that took more."""
     torch.manual_seed(0)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(shake.THREADS)

@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tests.support import shake
+
 T = TypeVar("T")
 
 MAX_RANKS = 4
@@ -128,7 +130,7 @@ def _serve(connection: Connection) -> None:
     """A worker's life: one task after the other until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
+    shake.start()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             connection.send_bytes(_answer(connection.recv_bytes()))
