@@ -6,7 +6,7 @@
 from ivon_kernels import noise
 from ivon_kernels._version import __version__
 from ivon_kernels.backends import available_backends
-from ivon_kernels.gradients import NonFiniteGradientError
 from ivon_kernels.optimizer import IVON
+from ivon_kernels.training.checks import NonFiniteGradientError
 
 __all__ = ["IVON", "NonFiniteGradientError", "__version__", "available_backends", "noise"]

@@ -12,11 +12,9 @@ import operator
 from array import array
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
-
-from ivon_kernels.backends.base import StepScalars
 
 GROUP_KEYS = (
     "lr",
@@ -52,6 +50,24 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "weight_decay": ("a finite number >= 0", lambda v: 0 <= v < math.inf),
     "clip_radius": ("> 0 (inf: no clipping)", lambda v: v > 0),
 }
+
+
+class StepScalars(NamedTuple):
+    """Everything of one step that does not depend on the element, in double; the order is that of the C struct."""
+
+    ess: float
+    weight_decay: float
+    beta1: float
+    one_minus_beta1: float
+    one_minus_beta2: float
+    inv_debias: float  # 1 / (1 - beta1^t), or 1
+    lr: float  # times (hess_init + weight_decay) with rescale_lr
+    clip_radius: float  # may be inf
+    hess_floor: float  # smallest hess kept: hess_floor + weight_decay > 0 in float32
+    hess_ceiling: float  # largest hess kept: ess * hess stays finite in float32
+    grad_scale: float  # 1 / (AMP scale * MC samples)
+    second_scale: float  # the same for the Hessian statistic: g * eps (price) or g * g (gradsq)
+    gradsq: float  # 0: price, 1: gradsq
 
 
 def validate(group: dict[str, Any], where: str) -> None:

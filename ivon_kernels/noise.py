@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["EVAL_STEP", "MAX_SAMPLES", "Shard", "box_muller", "normals", "normals_at", "philox4x32"]
+__all__ = ["EVAL_STEP", "MAX_SAMPLES", "Shard", "box_muller", "check_sample", "normals", "normals_at", "philox4x32"]
 
 EVAL_STEP = 2**32 - 1
 """The step reserved for evaluation samples; training steps count from 0 and stay below it."""
@@ -41,6 +41,16 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOG = (-2.0, 0.99999976, -0.66668373, 0.5000415, -0.39913666, 0.33124787, -0.29904532, 0.2873369, -0.17444715)
 _SIN = (1.1107208, -0.45676515, 0.05634243, -0.0032542306)
 _COS = (0.70710677, -0.8723555, 0.17932132, -0.014430884)
+
+
+def check_sample(sample: int) -> None:
+    """Refuse what is no number of a sample.
+
+    Raises:
+        ValueError: If it is not a whole number in ``[0, 65536)``.
+    """
+    if not (isinstance(sample, int) and 0 <= sample < MAX_SAMPLES):
+        raise ValueError(f"sample must be a whole number in [0, {MAX_SAMPLES}), got {sample!r}")
 
 
 class Shard(NamedTuple):

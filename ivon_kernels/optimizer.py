@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import Optimizer, ParamsT
 
+from ivon_kernels import checkpoint
 from ivon_kernels.backends import Draw
-from ivon_kernels.engine import EDITED
-from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES
-from ivon_kernels.stepper import Closure, Stepper
-from ivon_kernels.training import replicas as distributed
+from ivon_kernels.hyperparameters import OPTIMIZER_KEYS
+from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES, check_sample
+from ivon_kernels.training import diagnostics, pickling, replicas
+from ivon_kernels.training.parameters import Parameters
 from ivon_kernels.training.recipe import lora_settings
+from ivon_kernels.training.samples import Closure, NonFinite, Samples
+from ivon_kernels.training.snapshot import snapshot
+from ivon_kernels.training.update import Scaling, Update
 from ivon_kernels.training.wrapped import forward_public_names
+from ivon_kernels.weights import EDITED, Selection, Weights
+
+if TYPE_CHECKING:
+    from ivon_kernels.posterior import Posterior
 
 __all__ = ["IVON"]
 
+_OWNER = "another IVON optimizer: give every parameter to one optimizer, or call the other's eval() first"
 
 # Under torch.compile the public methods are graph breaks, as those of torch's own optimizers: there is nothing to trace
 # in one call of a compiled kernel, and a count or an address that changed must not recompile anything.
 
 
-class IVON(Stepper):
+class IVON(Optimizer):
     """Improved Variational Online Newton (Shen et al., ICML 2024, arXiv 2402.17641).
 
     Trains a Gaussian with mean ``m`` and standard deviation ``sigma = 1 / sqrt(ess (h + weight_decay))`` over every
@@ -87,6 +98,8 @@ class IVON(Stepper):
         RuntimeError: If a backend asked for by name is missing.
     """
 
+    _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to step()
+
     def __init__(
         self,
         params: ParamsT,
@@ -113,15 +126,13 @@ class IVON(Stepper):
             raise ValueError(f"mc_samples must be a whole number from 1 to {MAX_SAMPLES}, got {mc_samples!r}")
         if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
             raise ValueError(f"seed must be a whole number in [0, 2^64) or None, got {seed!r}")
-        if nonfinite not in ("raise", "skip", "ignore"):
-            raise ValueError(f"nonfinite must be 'raise', 'skip' or 'ignore', got {nonfinite!r}")
-        self.nonfinite = nonfinite
+        _check_nonfinite(nonfinite)
         self.sample_in_step = sample_in_step
         self._mode = False  # train() was called last, not eval()
         self._evaluating = False  # in a block that holds an evaluation sample
-        self._in_closure = False
         self._eval_samples = 0
-        self._seed_given = seed is not None
+        self._loading: dict[str, Any] | None = None  # the state dict that load_state_dict is taking over
+        self._build(backend, capturable, nonfinite, seed_given=seed is not None)
         defaults = {
             "lr": lr,
             "ess": ess,
@@ -136,9 +147,16 @@ class IVON(Stepper):
             "mc_samples": mc_samples,
             "sync": sync,
             "capturable": capturable,
-            "seed": distributed.agree_on_seed(torch.initial_seed() if seed is None else seed, seed is not None, 0),
+            "seed": replicas.agree_on_seed(torch.initial_seed() if seed is None else seed, seed is not None, 0),
         }
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults)
+
+    def _build(self, backend: str | None, capturable: bool, nonfinite: NonFinite, *, seed_given: bool) -> None:
+        """Make the parts. None of them refers to the optimizer, which would keep device memory until a collection."""
+        self._parameters = Parameters(backend, capturable)
+        self._weights = Weights(_OWNER)
+        self._samples = Samples(self._parameters, self._weights, nonfinite, seed_given)
+        self._update = Update(self._samples)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -198,6 +216,93 @@ class IVON(Stepper):
         options = {"rescale_lr": False, **options, **settings._asdict()}
         return cls(params, beta1=beta1, weight_decay=weight_decay, clip_radius=clip_radius, **options)
 
+    # ---- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int:
+        """Seed of the noise; it travels in the parameter groups of a state dict."""
+        return self._parameters.seed
+
+    @property
+    def sync(self) -> bool:
+        """Whether every rank draws noise of its own."""
+        return self._parameters.sync
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """The backend that runs each kind of parameter, e.g. ``{"cpu/float32": "cpu"}``."""
+        return self._parameters.backends
+
+    @property
+    def nonfinite(self) -> NonFinite:
+        """What a gradient with inf or nan does at the step; may be changed at any time."""
+        return self._samples.nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: NonFinite) -> None:
+        self._samples.choose(_check_nonfinite(value))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps not taken, because of a GradScaler or with ``nonfinite="skip"``. Waits for devices that count them."""
+        return self._update.skipped + sum(flags.skipped() for flags in self._parameters.flags.values())
+
+    @property
+    def holds_sample(self) -> bool:
+        """Whether the weights hold a sample now, and not the mean."""
+        return self._weights.held is not None
+
+    def mean_of(self, param: Tensor) -> Tensor:
+        """The mean of a parameter, in its dtype and placement, also while the weights hold a sample.
+
+        Returns:
+            The parameter itself (detached) where it holds the mean, else a copy: the same one until the weights change.
+
+        Raises:
+            ValueError: If the optimizer does not have the parameter.
+        """
+        state = self._parameters.states.get(param)
+        if state is not None:
+            return self._weights.mean_of(state)
+        if not self._parameters.has(param):
+            raise ValueError(f"the optimizer has no such parameter of shape {tuple(param.shape)}")
+        return param.detach()
+
+    def posterior(self, model: nn.Module, adapter: str | None = None) -> Posterior:
+        """The trained posterior by the names that the weights are saved by: to save, sample, predict, prune, temper.
+
+        A copy: further training does not change it. It is about every parameter that was trained, also while a sample
+        is in the weights. Of sharded parameters it holds all elements, so all ranks have to call this.
+
+        Args:
+            model: The model that is trained, perhaps wrapped by DistributedDataParallel or torch.compile.
+            adapter: Which of its PEFT adapters; None for the active one.
+
+        Raises:
+            ValueError: If a trained parameter is not in the model.
+        """
+        from ivon_kernels.posterior import Posterior  # takes longer to import than the rest, and not everybody needs it
+
+        self._samples.adopt_edits()
+        return Posterior.of_snapshot(snapshot(self.param_groups, self.state, self.seed), model, adapter)
+
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """Whether training changes anything, one dict per parameter group.
+
+        Returns:
+            For each group ``elements``, ``steps``, and, as ``{quantile: value}`` over its elements, ``sigma``
+            (posterior standard deviation), ``snr`` (``|mean| / sigma``) and ``hess_over_init`` (1: the Hessian has not
+            moved); ``clipped`` is the share of elements whose last direction the clip radius binds.
+        """
+        self._samples.adopt_edits()
+        states = self._parameters.ordered
+        return [
+            diagnostics.summarize(group, [state for state in states if state.group == number])
+            for number, group in enumerate(self.param_groups)
+        ]
+
+    # ---- samples -----------------------------------------------------------------------------------------------------
+
     @contextmanager
     def sampled_params(self, train: bool = False, *, sample: int | None = None) -> Iterator[None]:
         """Hold a sample in the weights for the length of a block; the mean is back after it, whatever happens.
@@ -235,42 +340,40 @@ class IVON(Stepper):
     @_disable_dynamo
     def _enter_train_block(self, sample: int | None) -> int:
         """Returns how many samples were drawn, this one included; 0 in a closure."""
-        _check_sample(sample)
-        if self._in_closure:  # step(closure) holds the sample; ivon-opt's closures enter the context themselves
+        if sample is not None:
+            check_sample(sample)
+        samples = self._samples
+        if samples.in_closure:  # step(closure) holds the sample; ivon-opt's closures enter the context themselves
             return 0
-        if self._held is not None:
+        if self.holds_sample:
             raise RuntimeError(
                 "sampled_params(train=True) inside a sample: leave the other block, or call optimizer.eval() if "
                 "optimizer.train() put it there"
             )
-        if self._samples.unused:  # eval() ended the loop that it was drawn for
-            self._forget_samples()
-        self._begin_sample(sample)
-        return self._samples.count
+        if samples.unused:  # eval() ended the loop that it was drawn for
+            samples.forget()
+        samples.begin(sample)
+        return samples.count
 
     @_disable_dynamo
     def _leave_train_block(self, drawn: int, failed: bool = False) -> None:
         if drawn == 0:
             return
         if failed:
-            self._abort_sample()
-            return
-        edited = self._edited()
-        self._restore()
-        if self._samples.count == drawn:  # else the block took the step itself
-            self._samples.close(self._active_slots)
-        if edited:
-            raise RuntimeError(EDITED)
+            self._samples.abort()
+        else:
+            self._samples.close(drawn)
 
     @_disable_dynamo
     def _enter_evaluation(self, sample: int | None) -> tuple[Draw | None, bool]:
         """Returns what the weights held before, and whether for evaluation."""
-        _check_sample(sample)
         if sample is None:
             sample = self._eval_samples
             self._eval_samples = (self._eval_samples + 1) % MAX_SAMPLES
-        outer = self._held, self._evaluating
-        self._put(Draw(self.seed, sample, step=EVAL_STEP))
+        else:
+            check_sample(sample)
+        outer = self._weights.held, self._evaluating
+        self._samples.put(Draw(self.seed, sample, step=EVAL_STEP))
         self._evaluating = True
         return outer
 
@@ -278,9 +381,9 @@ class IVON(Stepper):
     def _leave_evaluation(self, outer: tuple[Draw | None, bool]) -> None:
         held, self._evaluating = outer
         if held is None:
-            self._restore_unedited()
+            self._samples.restore_unedited()
         else:
-            self._put(held)
+            self._samples.put(held)
 
     @_disable_dynamo
     def train(self, sample: int | None = None) -> None:
@@ -295,19 +398,21 @@ class IVON(Stepper):
             RuntimeError: Inside a block that holds an evaluation sample, or if another sample was drawn for this step.
         """
         self._require_no_evaluation("train()")
-        _check_sample(sample)
-        if sample is not None and self._samples.unused:
-            self.discard_samples()
+        samples = self._samples
+        if sample is not None:
+            check_sample(sample)
+            if samples.unused:
+                samples.discard()
         self._mode = True
-        self._samples.unused = False
-        if not self._samples.count:
-            self._begin_sample(sample)
-        elif sample is not None and sample != self._samples.replay:
+        samples.ask()
+        if not samples.count:
+            samples.begin(sample)
+        elif sample is not None and sample != samples.replay:
             raise RuntimeError(
                 f"train(sample={sample}), but this step has another sample: call step() or discard_samples() first"
             )
-        elif self._held is None:
-            self._put(self._train_draw())
+        elif not self.holds_sample:
+            samples.put(samples.draw)
 
     @_disable_dynamo
     def eval(self) -> None:
@@ -317,7 +422,7 @@ class IVON(Stepper):
             RuntimeError: With the mean restored, if somebody else wrote into the weights while they held the sample.
         """
         self._mode = False
-        self._restore_unedited()
+        self._samples.restore_unedited()
 
     @_disable_dynamo
     def next_sample(self) -> None:
@@ -330,13 +435,27 @@ class IVON(Stepper):
         """
         self._require_no_evaluation("next_sample()")
         self._mode = True
-        self._begin_sample()
+        self._samples.ask()
+        self._samples.begin()
+
+    @_disable_dynamo
+    def discard_samples(self) -> None:
+        """Forget the unfinished step and restore the mean; the next sample is the first one of this step again."""
+        self._samples.discard()
+
+    def _require_no_evaluation(self, call: str) -> None:
+        if self._evaluating:
+            raise RuntimeError(
+                f"{call} inside a sampled_params() block that holds an evaluation sample: leave it first"
+            )
+
+    # ---- the step ----------------------------------------------------------------------------------------------------
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in every torch optimizer; the gradient of a finished `sampled_params` block still counts."""
-        if not set_to_none and self._held is None:
-            self._fold()
+        if not set_to_none and not self.holds_sample:
+            self._samples.fold()
         super().zero_grad(set_to_none)
 
     @_disable_dynamo
@@ -360,37 +479,120 @@ class IVON(Stepper):
                 Under a GradScaler such steps are skipped instead.
         """
         self._require_no_evaluation("step()")
-        self._raise_reported()
-        if self._edited():
-            self.discard_samples()
+        samples, weights = self._samples, self._weights
+        self._update.raise_reported()
+        if weights.edited:
+            samples.discard()
             raise RuntimeError(EDITED)
-        draw_next = self.sample_in_step and self._mode and self._held is not None and self._samples.replay is None
-        loss = None if closure is None else self._run_closure(closure)
-        if not self._samples.count:
-            raise RuntimeError(
-                "step() without a sample: run forward and backward inside 'with optimizer.sampled_params(train=True)', "
-                "or call optimizer.train() before the forward pass"
-            )
-        found_inf, grad_scale = self._scaler_flags()
-        if self._replicas > 1:
-            found_inf, grad_scale = self._share_samples(found_inf, grad_scale), None
-        launches = self._gather()
-        if closure is None:  # a closure may decide to skip its batch
-            self._require_gradients(launches)
-        if self._on_device:
-            self._update_on_device(launches, draw_next, found_inf, grad_scale)
-            self._raise_reported()
-        else:
-            self._step_on_host(launches, draw_next, found_inf, grad_scale)
+        draw_next = self.sample_in_step and self._mode and weights.held is not None and samples.replay is None
+        loss = None if closure is None else samples.run(closure, self.param_groups[0]["mc_samples"])
+        # A GradScaler leaves both on the optimizer for the length of the call.
+        scaling = Scaling(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        self._update.take(scaling, draw_next=draw_next, may_be_empty=closure is not None)
         return loss
 
-    def _require_no_evaluation(self, call: str) -> None:
-        if self._evaluating:
-            raise RuntimeError(
-                f"{call} inside a sampled_params() block that holds an evaluation sample: leave it first"
-            )
+    # ---- groups and state --------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in every torch optimizer.
+
+        Raises:
+            ValueError, TypeError: If a parameter or hyperparameter cannot be used; the group is not added then.
+        """
+        for key in OPTIMIZER_KEYS:
+            if param_group.get(key, self.defaults[key]) != self.defaults[key]:
+                raise ValueError(f"{key} belongs to the whole optimizer; a parameter group cannot override it")
+        for key in set(param_group) - set(self.defaults):
+            if close := difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.75):
+                raise ValueError(f"a parameter group has {key!r}, which IVON does not know: did you mean {close[0]!r}?")
+        super().add_param_group(param_group)
+        self._parameters.bind(self.param_groups, self.state, self.defaults)
+        try:
+            self._parameters.check_last_group()
+        except (ValueError, TypeError, RuntimeError):
+            self.param_groups.pop()
+            raise
+        self._parameters.add_groups()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in every torch optimizer. `mean` is the mean also while a sample is in the weights.
+
+        A step that is under way (samples drawn, :meth:`step` not yet called) is not part of it.
+        """
+        self._samples.adopt_edits()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly where the state dict was taken: state, counters, seed and hyperparameters; never cast down.
+
+        The weights are set to the saved mean. State dicts of ivon-opt 0.1.3 are taken too (load the weights first).
+
+        Raises:
+            ValueError: If it does not fit; nothing is changed then.
+        """
+        self._parameters.follow_swaps(idle=self._samples.is_idle)
+        loaded: dict[str, Any] = {}
+
+        def capture(_: Optimizer, candidate: dict[str, Any]) -> dict[str, Any]:
+            if checkpoint.is_ivon_opt(candidate):
+                candidate = checkpoint.from_ivon_opt(candidate, self.param_groups)
+            checkpoint.check(candidate, self.param_groups, self._parameters.names())
+            loaded.update(candidate)
+            return candidate
+
+        # torch casts float state to the parameter's dtype, whatever a subclass overrides below it: an fp32 hess of
+        # 1.001 on a bf16 parameter would come back as 1.0. `capture`, the last hook to run, keeps the original for
+        # __setstate__, which torch calls before the post hooks.
+        hook = self.register_load_state_dict_pre_hook(capture)
+        self._loading = loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._loading = None
+
+    @torch.no_grad()
+    def _finish_loading(self, loaded: dict[str, Any]) -> None:
+        """Take over the state dict as it was before torch cast it, and put its mean into the weights."""
+        parameters, samples = self._parameters, self._samples
+        saved = checkpoint.by_parameter(loaded, self.param_groups)
+        samples.discard()
+        samples.note_seed(samples.seed_given or self.seed != self.defaults["seed"])
+        for group in self.param_groups:
+            # How the optimizer runs is not what it has learned: it stays as it was built.
+            if not parameters.capturable and group.get("capturable"):
+                group["lr"] = float(group["lr"])
+            group["capturable"] = parameters.capturable
+        parameters.hold_lr()
+        parameters.load(saved)
+        parameters.scalars.update(self.param_groups)
+        states = [parameters.states[param] for param in saved]
+        self._weights.restore(Selection(states, parameters.scalars, parameters.backend))
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in _OWN}
+        return {**super().__getstate__(), "_own": own, "_parts": pickling.pack(self._samples, self._update)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        own, parts = state.pop("_own", None), state.pop("_parts", None)
+        super().__setstate__(state)
+        if parts is None:  # torch's load_state_dict has set groups and state
+            assert self._loading is not None
+            self._parameters.bind(self.param_groups, self.state, self.defaults)
+            self._finish_loading(self._loading)
+            return
+        self.__dict__.update(own)
+        self._loading = None
+        self._build(parts.backend, self.defaults["capturable"], parts.nonfinite, seed_given=parts.seed_given)
+        self._parameters.bind(self.param_groups, self.state, self.defaults)
+        pickling.unpack(parts, dict(self.state), self._samples, self._update)
 
 
-def _check_sample(sample: int | None) -> None:
-    if sample is not None and not (isinstance(sample, int) and 0 <= sample < MAX_SAMPLES):
-        raise ValueError(f"sample must be a whole number in [0, {MAX_SAMPLES}), got {sample!r}")
+_OWN = ("sample_in_step", "_mode", "_evaluating", "_eval_samples")  # attributes that copies have too
+
+
+def _check_nonfinite(value: NonFinite) -> NonFinite:
+    if value not in ("raise", "skip", "ignore"):
+        raise ValueError(f"nonfinite must be 'raise', 'skip' or 'ignore', got {value!r}")
+    return value

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from ivon_kernels.backends.base import Backend, Draw, Guard, StepScalars
+from ivon_kernels.backends.base import Backend, Draw, Guard, Launch
 from ivon_kernels.backends.cpu import CpuBackend
 from ivon_kernels.backends.cuda import CudaBackend
-from ivon_kernels.backends.device import DeviceBackend, DeviceFlags
+from ivon_kernels.backends.device import DeviceBackend
 from ivon_kernels.backends.reference import ReferenceBackend
+from ivon_kernels.backends.state import ParamState
 from ivon_kernels.backends.triton import TritonBackend
+from ivon_kernels.hyperparameters import GroupScalars
 
 __all__ = [
     "Backend",
     "DeviceBackend",
-    "DeviceFlags",
     "Draw",
     "Guard",
-    "StepScalars",
+    "Launch",
     "available_backends",
     "choose",
+    "launches_of",
     "override",
 ]
 
@@ -89,3 +91,21 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
     if reason := backend.unsupported(device, dtype):
         raise ValueError(f"backend {name!r} cannot be used: {reason}; backend=None picks one that can")
     return backend
+
+
+def launches_of(states: Iterable[ParamState], scalars: GroupScalars, name: str | None) -> list[Launch]:
+    """One launch for each backend and device that the parameters need, in the parameters' order.
+
+    Args:
+        states: The parameters' states.
+        scalars: Of their groups.
+        name: As for :func:`choose`, and with the same errors.
+    """
+    chosen: dict[tuple[torch.device, torch.dtype], Backend] = {}
+    parts: dict[tuple[Backend, torch.device], list[ParamState]] = {}
+    for state in states:
+        device, dtype = kind = state.mean.device, state.param.dtype
+        if kind not in chosen:
+            chosen[kind] = choose(name, device, dtype)
+        parts.setdefault((chosen[kind], device), []).append(state)
+    return [Launch(backend, part, scalars) for (backend, _), part in parts.items()]

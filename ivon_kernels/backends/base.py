@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ivon_kernels.backends.state import Launch
+from ivon_kernels.backends.addresses import Addresses
+from ivon_kernels.backends.state import ParamState
+from ivon_kernels.hyperparameters import GroupScalars
 
-
-class StepScalars(NamedTuple):
-    """Everything of one step that does not depend on the element, in double; the order is that of the C struct."""
-
-    ess: float
-    weight_decay: float
-    beta1: float
-    one_minus_beta1: float
-    one_minus_beta2: float
-    inv_debias: float  # 1 / (1 - beta1^t), or 1
-    lr: float  # times (hess_init + weight_decay) with rescale_lr
-    clip_radius: float  # may be inf
-    hess_floor: float  # smallest hess kept: hess_floor + weight_decay > 0 in float32
-    hess_ceiling: float  # largest hess kept: ess * hess stays finite in float32
-    grad_scale: float  # 1 / (AMP scale * MC samples)
-    second_scale: float  # the same for the Hessian statistic: g * eps (price) or g * g (gradsq)
-    gradsq: float  # 0: price, 1: gradsq
+Derived = TypeVar("Derived")
 
 
 class Draw(NamedTuple):
@@ -48,12 +34,53 @@ class Guard(NamedTuple):
     final: bool = True  # the last launch of this step on its device: forgets what the checks found
 
 
+class Launch:
+    """Parameters that one call of a backend walks, all on one device.
+
+    Attributes:
+        backend: Which walks them.
+        states: The parameters' states.
+        addresses: Where the parameters and their gradients are, for compiled backends; None where the states say it.
+        scalars: What the parameter groups tell the launch.
+        summed: Whether any state's sums hold earlier MC samples of this step.
+        cache: What the backend derives from the states, or None.
+    """
+
+    def __init__(self, backend: Backend, states: list[ParamState], scalars: GroupScalars) -> None:
+        self.backend = backend
+        self.states = states
+        self.addresses = Addresses([state.param for state in states]) if backend.compiled else None
+        self.scalars = scalars
+        self.summed = False
+        self.cache: Any = None
+        self._sharded = [state for state in states if state.dtensor is not None]
+
+    def mark_summed(self, summed: bool) -> None:
+        """Note whether any state's sums hold earlier MC samples of this step."""
+        self.summed = summed
+
+    def derive(self, make: Callable[[Launch], Derived]) -> Derived:
+        """Make what the backend keeps of the launch in `cache`."""
+        self.cache = derived = make(self)
+        return derived
+
+    def moved(self, *, trained: bool = True) -> bool:
+        """Whether a parameter's memory, strides or dtype, or with `trained` its ``requires_grad``, has changed."""
+        if self.addresses is None:
+            return any(state.moved() or (trained and not state.parameter.requires_grad) for state in self.states)
+        if self.addresses.moved(trained=trained):
+            return True
+        # The addresses are those of local shards. FSDP2 replaces a DTensor's shard by another tensor (when it loads a
+        # state dict, say), which the old shard does not show.
+        return any(state.replaced() or (trained and not state.parameter.requires_grad) for state in self._sharded)
+
+
 class Backend(ABC):
-    """Operations on a list of slots. All of them leave versions and ``grad`` fields to the optimizer."""
+    """Operations on the parameters of a launch. They leave versions and ``grad`` fields to who calls them."""
 
     name: ClassVar[str]
     keeps_noise: ClassVar[bool] = False  # stores a sample's normals until the step instead of drawing them again
-    compiled: ClassVar[bool] = True  # takes pointers; others take tensors, from the slots
+    compiled: ClassVar[bool] = True  # takes addresses; others take tensors, from the states
     on_device: ClassVar[bool] = False  # decides on the device whether a step is taken: see backends/device.py
 
     @abstractmethod
@@ -65,23 +92,23 @@ class Backend(ABC):
         """Why the backend does not take parameters of this device and dtype, or None."""
 
     @abstractmethod
-    def sample(self, slots: Launch, draw: Draw, adopt: bool) -> None:
+    def sample(self, launch: Launch, draw: Draw, adopt: bool) -> None:
         """Weights <- mean + sigma eps. With `adopt` the weights hold the mean: edits are taken over first."""
 
     @abstractmethod
-    def restore(self, slots: Launch) -> None:
+    def restore(self, launch: Launch) -> None:
         """Weights <- mean."""
 
     @abstractmethod
-    def find_nonfinite(self, slots: Launch) -> int | None:
-        """Position of the first slot whose gradient holds inf or nan."""
+    def find_nonfinite(self, launch: Launch) -> int | None:
+        """Position of the first state whose gradient holds inf or nan."""
 
     @abstractmethod
-    def accumulate(self, slots: Launch, draw: Draw) -> None:
+    def accumulate(self, launch: Launch, draw: Draw) -> None:
         """Add the gradient of the finished sample `draw` to the sums."""
 
     @abstractmethod
-    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool) -> None:
+    def step(self, launch: Launch, draw: Draw, adopt: bool, draw_next: bool) -> None:
         """Update mean, momentum and hess from the gradients (under sample `draw`) and the sums; None counts as 0.
 
         Weights <- new mean, or sample 0 of the next step with `draw_next`. Counts the step.

@@ -11,8 +11,7 @@ import torch
 
 from ivon_kernels import _native
 from ivon_kernels.backends.addresses import DTYPES
-from ivon_kernels.backends.base import Backend, Draw
-from ivon_kernels.backends.state import Launch
+from ivon_kernels.backends.base import Backend, Draw, Launch
 from ivon_kernels.noise import Shard
 
 _ABI = 4
@@ -144,30 +143,30 @@ def normals(
 
 
 class _Table:
-    """The tensor table of one slot list, and the call that refers to it. What cannot change is written once."""
+    """The tensor table of one state list, and the call that refers to it. What cannot change is written once."""
 
-    def __init__(self, slots: Launch) -> None:
-        self.slots = slots.slots
-        self.rows = array("q", bytes(8 * _WIDTH * len(self.slots)))
+    def __init__(self, launch: Launch) -> None:
+        self.states = launch.states
+        self.rows = array("q", bytes(8 * _WIDTH * len(self.states)))
         self.summed = False
-        self.arenas = {slot.arena for slot in self.slots}
-        self.offsets = [slot.arena.offsets[slot.position] * slot.mean.element_size() for slot in self.slots]
+        self.arenas = {state.arena for state in self.states}
+        self.offsets = [state.arena.offsets[state.position] * state.mean.element_size() for state in self.states]
         for key in ("mean", "momentum", "hess"):
-            self.set(key, [getattr(slot, key).data_ptr() for slot in self.slots])
-        self.set("noise", [0 if slot.noise is None else slot.noise.data_ptr() for slot in self.slots])
-        self.set("noise_tag", [slot.arena.noise_tags[slot.position].data_ptr() for slot in self.slots])
-        self.set("step_count", [slot.arena.steps[slot.position].data_ptr() for slot in self.slots])
-        self.set("numel", [slot.param.numel() for slot in self.slots])
-        self.set("index", [slot.index for slot in self.slots])
-        self.set("row", [slot.group for slot in self.slots])
-        self.set("param_dtype", [DTYPES[slot.param.dtype] for slot in self.slots])
+            self.set(key, [getattr(state, key).data_ptr() for state in self.states])
+        self.set("noise", [0 if state.noise is None else state.noise.data_ptr() for state in self.states])
+        self.set("noise_tag", [state.arena.noise_tags[state.position].data_ptr() for state in self.states])
+        self.set("step_count", [state.arena.steps[state.position].data_ptr() for state in self.states])
+        self.set("numel", [state.param.numel() for state in self.states])
+        self.set("index", [state.index for state in self.states])
+        self.set("row", [state.group for state in self.states])
+        self.set("param_dtype", [DTYPES[state.param.dtype] for state in self.states])
         for column in Shard._fields:
-            self.set(column, [getattr(slot.placement, column) for slot in self.slots])
-        pointers = slots.pointers
-        assert pointers is not None
-        self.call = _Call(tensors=self.rows.buffer_info()[0], count=len(self.slots))
+            self.set(column, [getattr(state.placement, column) for state in self.states])
+        addresses = launch.addresses
+        assert addresses is not None
+        self.call = _Call(tensors=self.rows.buffer_info()[0], count=len(self.states))
         for key in ("params", "grads", "grad_dtypes", "layouts"):
-            setattr(self.call, key, getattr(pointers, key).buffer_info()[0])
+            setattr(self.call, key, getattr(addresses, key).buffer_info()[0])
 
     def set(self, column: str, values: list[int]) -> None:
         self.rows[_COLUMNS.index(column) :: _WIDTH] = array("q", values)
@@ -182,8 +181,8 @@ class _Table:
             starts = {arena: 0 if total is None else total.data_ptr() for arena, total in totals.items()}
             # By arithmetic: a view of every tensor's part would take longer than the launch.
             addresses = [
-                starts[slot.arena] + offset if slot.summed else 0
-                for slot, offset in zip(self.slots, self.offsets, strict=True)
+                starts[state.arena] + offset if state.summed else 0
+                for state, offset in zip(self.states, self.offsets, strict=True)
             ]
             self.set(column, addresses)
 
@@ -204,36 +203,34 @@ class CpuBackend(Backend):
             return f"it takes {', '.join(str(d) for d in DTYPES)}, not {dtype}"
         return None
 
-    def sample(self, slots: Launch, draw: Draw, adopt: bool) -> None:
-        self._launch("sample", slots, draw, adopt)
+    def sample(self, launch: Launch, draw: Draw, adopt: bool) -> None:
+        self._launch("sample", launch, draw, adopt)
 
-    def restore(self, slots: Launch) -> None:
-        self._launch("restore", slots)
+    def restore(self, launch: Launch) -> None:
+        self._launch("restore", launch)
 
-    def find_nonfinite(self, slots: Launch) -> int | None:
-        position = self._launch("find_nonfinite", slots)
+    def find_nonfinite(self, launch: Launch) -> int | None:
+        position = self._launch("find_nonfinite", launch)
         return None if position < 0 else position
 
-    def accumulate(self, slots: Launch, draw: Draw) -> None:
-        self._launch("accumulate", slots, draw)
+    def accumulate(self, launch: Launch, draw: Draw) -> None:
+        self._launch("accumulate", launch, draw)
 
-    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool) -> None:
-        self._launch("step", slots, draw, adopt, draw_next)
+    def step(self, launch: Launch, draw: Draw, adopt: bool, draw_next: bool) -> None:
+        self._launch("step", launch, draw, adopt, draw_next)
 
     @staticmethod
     def _launch(
-        operation: str, slots: Launch, draw: Draw | None = None, adopt: bool = False, draw_next: bool = False
+        operation: str, launch: Launch, draw: Draw | None = None, adopt: bool = False, draw_next: bool = False
     ) -> int:
-        if slots.cache is None:
-            slots.cache = _Table(slots)
-        table: _Table = slots.cache
+        table: _Table = launch.cache or launch.derive(_Table)
         call = table.call
         call.rows = None
         if draw is not None:
-            call.rows = slots.rows.address
+            call.rows = launch.scalars.address
             call.seed, call.sample, call.replica = draw.seed, draw.sample, draw.replica
             call.step_override = -1 if draw.step is None else draw.step
-            table.set_sums(slots.summed)
+            table.set_sums(launch.summed)
         call.adopt, call.draw_next, call.threads = adopt, draw_next, torch.get_num_threads()
         result: int | None = getattr(library(), f"ivon_cpu_{operation}")(ctypes.byref(call))
         return -1 if result is None else result

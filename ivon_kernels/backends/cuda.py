@@ -9,19 +9,16 @@ import ctypes
 import functools
 import struct
 from array import array
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ivon_kernels import _native
-from ivon_kernels.backends.addresses import DTYPES
-from ivon_kernels.backends.base import Draw, Guard
+from ivon_kernels.backends.addresses import DTYPES, Addresses
+from ivon_kernels.backends.base import Draw, Guard, Launch
 from ivon_kernels.backends.device import DeviceBackend
-
-if TYPE_CHECKING:
-    from ivon_kernels.backends.addresses import Addresses
-    from ivon_kernels.backends.state import Arena, Launch, ParamState
+from ivon_kernels.backends.state import ParamState
 
 _ABI = 2
 _CAPABILITY = (8, 0)  # of the oldest device that the library is compiled for
@@ -99,26 +96,26 @@ def _address(tensor: Tensor | None) -> int:
 
 
 class _Part:
-    """The slots of one list whose state lies in one arena: struct IvonCudaCall, and what it points to."""
+    """The states of one launch that lie in one arena: struct IvonCudaCall, and what it points to."""
 
-    def __init__(self, members: list[tuple[int, ParamState]], pointers: Addresses, device: int) -> None:
-        arena: Arena = members[0][1].arena
-        assert arena.control is not None
+    def __init__(self, members: list[tuple[int, ParamState]], addresses: Addresses, device: int) -> None:
+        arena = members[0][1].arena
+        assert arena.flags is not None
         self.arena = arena
         self.tensors = array("q")
-        for number, slot in members:
-            self.tensors.extend((number, arena.offsets[slot.position], slot.param.numel(), slot.index))
-            self.tensors.extend((slot.position, slot.group, DTYPES[slot.param.dtype], *slot.placement))
+        for number, state in members:
+            self.tensors.extend((number, arena.offsets[state.position], state.param.numel(), state.index))
+            self.tensors.extend((state.position, state.group, DTYPES[state.param.dtype], *state.placement))
         self.call = _Call(
-            params=pointers.params.buffer_info()[0],
-            grads=pointers.grads.buffer_info()[0],
-            grad_dtypes=pointers.grad_dtypes.buffer_info()[0],
+            params=addresses.params.buffer_info()[0],
+            grads=addresses.grads.buffer_info()[0],
+            grad_dtypes=addresses.grad_dtypes.buffer_info()[0],
             mean=arena.mean.data_ptr(),
             momentum=arena.momentum.data_ptr(),
             hess=arena.hess.data_ptr(),
             steps=arena.steps.data_ptr(),
-            control=arena.control.block.data_ptr(),
-            mailbox=arena.control.mailbox.data_ptr(),
+            control=arena.flags.block.data_ptr(),
+            mailbox=arena.flags.mailbox.data_ptr(),
             tensors=self.tensors.buffer_info()[0],
             count=len(members),
             device=device,
@@ -128,28 +125,28 @@ class _Part:
 
 
 class _Plan:
-    """What the backend keeps for one slot list."""
+    """What the backend keeps for one launch."""
 
-    def __init__(self, slots: Launch) -> None:
-        assert slots.pointers is not None
-        self.slots = slots.slots
-        self.pointers = slots.pointers
-        self.device = self.slots[0].mean.device
+    def __init__(self, launch: Launch) -> None:
+        assert launch.addresses is not None
+        self.states = launch.states
+        self.addresses = launch.addresses
+        self.device = self.states[0].mean.device
         self.index = -1 if self.device.type == "cpu" else self.device.index
         members: dict[int, list[tuple[int, ParamState]]] = {}
-        for number, slot in enumerate(self.slots):
-            members.setdefault(id(slot.arena), []).append((number, slot))
-        self.parts = [_Part(part, self.pointers, self.index) for part in members.values()]
+        for number, state in enumerate(self.states):
+            members.setdefault(id(state.arena), []).append((number, state))
+        self.parts = [_Part(part, self.addresses, self.index) for part in members.values()]
         self.layouts_version = -1
-        self.layouts = array("q", bytes(8 * len(self.slots)))
+        self.layouts = array("q", bytes(8 * len(self.states)))
         self.rows_on_device: dict[bytes, Tensor] = {}  # of all layouts met: captured graphs point to them
         self.summed = array("B")
         self.had_sums = False
 
     def copy_layouts(self) -> None:
         """Bring the strides of tensors that are not contiguous to the device: once, and again when they change."""
-        self.layouts_version = self.pointers.layouts_version
-        for number, row in enumerate(self.pointers.layout_rows):
+        self.layouts_version = self.addresses.layouts_version
+        for number, row in enumerate(self.addresses.layout_rows):
             if row is None:
                 self.layouts[number] = 0
                 continue
@@ -169,12 +166,12 @@ class _Plan:
                 part.call.grad_sum, part.call.second_sum = _address(arena.grad_sum), _address(arena.second_sum)
 
     def note_summed(self, summed: bool) -> None:
-        """Note which slots' sums the step adds."""
+        """Note which states' sums the step adds."""
         if not summed and not self.had_sums:
             return
         self.had_sums = summed
         self.point_to_sums()
-        self.summed = array("B", [slot.summed for slot in self.slots])
+        self.summed = array("B", [state.summed for state in self.states])
         address = self.summed.buffer_info()[0] if summed else None
         for part in self.parts:
             part.call.summed = address
@@ -225,35 +222,35 @@ class CudaBackend(DeviceBackend):
             return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
         return None
 
-    def sample(self, slots: Launch, draw: Draw, adopt: bool) -> None:
-        self._launch("sample", slots, draw, adopt)
+    def sample(self, launch: Launch, draw: Draw, adopt: bool) -> None:
+        self._launch("sample", launch, draw, adopt)
 
-    def restore(self, slots: Launch) -> None:
-        self._launch("restore", slots)
+    def restore(self, launch: Launch) -> None:
+        self._launch("restore", launch)
 
-    def check(self, slots: Launch) -> None:
-        self._launch("check", slots)
+    def check(self, launch: Launch) -> None:
+        self._launch("check", launch)
 
-    def accumulate(self, slots: Launch, draw: Draw) -> None:
-        self._launch("accumulate", slots, draw)
+    def accumulate(self, launch: Launch, draw: Draw) -> None:
+        self._launch("accumulate", launch, draw)
 
-    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool, guard: Guard | None = None) -> None:
-        self._launch("step", slots, draw, adopt, draw_next, guard or _ALONE)
+    def step(self, launch: Launch, draw: Draw, adopt: bool, draw_next: bool, guard: Guard | None = None) -> None:
+        self._launch("step", launch, draw, adopt, draw_next, guard or _ALONE)
 
     def _launch(
         self,
         operation: str,
-        slots: Launch,
+        launch: Launch,
         draw: Draw = _NO_DRAW,
         adopt: bool = False,
         draw_next: bool = False,
         guard: Guard = _ALONE,
     ) -> None:
-        plan: _Plan = slots.cache or self._plan(slots)
-        if plan.layouts_version != plan.pointers.layouts_version:
+        plan: _Plan = launch.cache or self._plan(launch)
+        if plan.layouts_version != plan.addresses.layouts_version:
             plan.copy_layouts()
         if operation == "step":
-            plan.note_summed(slots.summed)
+            plan.note_summed(launch.summed)
         elif operation == "accumulate":
             plan.point_to_sums()
         stream = 0 if plan.index < 0 else torch._C._cuda_getCurrentRawStream(plan.index)
@@ -274,14 +271,14 @@ class CudaBackend(DeviceBackend):
                 guard.report,
                 _address(guard.found_inf),
                 _address(guard.grad_scale),
-                slots.rows.address,
+                launch.scalars.address,
             )
             code = function(part.address)
             if code:
                 self._fail(operation, plan.device, code)
 
-    def _plan(self, slots: Launch) -> _Plan:
-        slots.cache = plan = _Plan(slots)
+    def _plan(self, launch: Launch) -> _Plan:
+        plan = launch.derive(_Plan)
         library = self.library
         if not self._functions:
             self._functions = {name: getattr(library, f"ivon_cuda_{name}") for name in _OPERATIONS}

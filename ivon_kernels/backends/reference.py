@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ivon_kernels import noise
-from ivon_kernels.backends.base import Backend, Draw, StepScalars
-from ivon_kernels.backends.state import Launch, ParamState
+from ivon_kernels.backends.base import Backend, Draw, Launch
+from ivon_kernels.backends.state import ParamState
+from ivon_kernels.hyperparameters import StepScalars
 
 
 class Precision(Protocol):
@@ -64,29 +65,29 @@ def update(
     return mean, momentum, hess
 
 
-def _eps(slot: ParamState, draw: Draw) -> Tensor:
-    numel, device, (start, run, pitch) = slot.param.numel(), slot.param.device, slot.placement
+def _eps(state: ParamState, draw: Draw) -> Tensor:
+    numel, device, (start, run, pitch) = state.param.numel(), state.param.device, state.placement
     stream = {
         "seed": draw.seed,
-        "step": slot.step if draw.step is None else draw.step,
+        "step": state.step if draw.step is None else draw.step,
         "sample": draw.sample,
         "replica": draw.replica,
-        "param": slot.index,
+        "param": state.index,
     }
     if run >= numel:
         z = noise.normals(numel, start=start, device=device, **stream)
     else:
         i = torch.arange(numel, device=device)
         z = noise.normals_at(start + i // run * pitch + i % run, **stream)
-    return z.view(slot.param.shape).to(slot.mean.dtype)
+    return z.view(state.param.shape).to(state.mean.dtype)
 
 
-def _statistics(slot: ParamState, draw: Draw, k: StepScalars) -> tuple[Tensor, Tensor]:
+def _statistics(state: ParamState, draw: Draw, k: StepScalars) -> tuple[Tensor, Tensor]:
     """Gradient and Hessian statistic of the sample `draw`."""
-    if slot.grad is None:
-        return torch.zeros_like(slot.mean), torch.zeros_like(slot.mean)
-    grad = slot.grad.detach().to(slot.mean.dtype)
-    return grad, grad * (grad if k.gradsq else _eps(slot, draw))
+    if state.grad is None:
+        return torch.zeros_like(state.mean), torch.zeros_like(state.mean)
+    grad = state.grad.detach().to(state.mean.dtype)
+    return grad, grad * (grad if k.gradsq else _eps(state, draw))
 
 
 class ReferenceBackend(Backend):
@@ -101,44 +102,44 @@ class ReferenceBackend(Backend):
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         return None
 
-    def sample(self, slots: Launch, draw: Draw, adopt: bool) -> None:
-        for slot in slots.slots:
+    def sample(self, launch: Launch, draw: Draw, adopt: bool) -> None:
+        for state in launch.states:
             if adopt:
-                slot.adopt_edits()
-            k = slots.rows.scalars(slot.group, slot.step)
-            slot.param.detach().copy_(draw_weights(slot.mean, slot.hess, _eps(slot, draw), k))
+                state.adopt_edits()
+            k = launch.scalars.scalars(state.group, state.step)
+            state.param.detach().copy_(draw_weights(state.mean, state.hess, _eps(state, draw), k))
 
-    def restore(self, slots: Launch) -> None:
-        for slot in slots.slots:
-            slot.param.detach().copy_(slot.mean)
+    def restore(self, launch: Launch) -> None:
+        for state in launch.states:
+            state.param.detach().copy_(state.mean)
 
-    def find_nonfinite(self, slots: Launch) -> int | None:
-        for position, slot in enumerate(slots.slots):
-            if slot.grad is not None and not bool(torch.isfinite(slot.grad).all()):
+    def find_nonfinite(self, launch: Launch) -> int | None:
+        for position, state in enumerate(launch.states):
+            if state.grad is not None and not bool(torch.isfinite(state.grad).all()):
                 return position
         return None
 
-    def accumulate(self, slots: Launch, draw: Draw) -> None:
-        for slot in slots.slots:
-            assert slot.sums is not None
-            k = slots.rows.scalars(slot.group, slot.step)
-            for total, value in zip(slot.sums, _statistics(slot, draw, k), strict=True):
+    def accumulate(self, launch: Launch, draw: Draw) -> None:
+        for state in launch.states:
+            assert state.sums is not None
+            k = launch.scalars.scalars(state.group, state.step)
+            for total, value in zip(state.sums, _statistics(state, draw, k), strict=True):
                 total += value
 
-    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool) -> None:
-        for slot in slots.slots:
+    def step(self, launch: Launch, draw: Draw, adopt: bool, draw_next: bool) -> None:
+        for state in launch.states:
             if adopt:
-                slot.adopt_edits()
-            k = slots.rows.scalars(slot.group, slot.step)
-            grad, second = _statistics(slot, draw, k)
-            if slot.sums is not None:
-                grad, second = slot.sums[0] + grad, slot.sums[1] + second
-            new = update(grad, second, slot.mean, slot.momentum, slot.hess, k)
-            for state, value in zip((slot.mean, slot.momentum, slot.hess), new, strict=True):
-                state.copy_(value)
-            weights = slot.mean
+                state.adopt_edits()
+            k = launch.scalars.scalars(state.group, state.step)
+            grad, second = _statistics(state, draw, k)
+            if state.sums is not None:
+                grad, second = state.sums[0] + grad, state.sums[1] + second
+            new = update(grad, second, state.mean, state.momentum, state.hess, k)
+            for old, value in zip((state.mean, state.momentum, state.hess), new, strict=True):
+                old.copy_(value)
+            weights = state.mean
             if draw_next:
-                eps = _eps(slot, draw._replace(sample=0, step=slot.step + 1))
-                weights = draw_weights(slot.mean, slot.hess, eps, k)
-            slot.param.detach().copy_(weights)
-            slot.arena.steps[slot.position] += 1
+                eps = _eps(state, draw._replace(sample=0, step=state.step + 1))
+                weights = draw_weights(state.mean, state.hess, eps, k)
+            state.param.detach().copy_(weights)
+            state.arena.steps[state.position] += 1

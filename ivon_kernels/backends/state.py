@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,23 +11,60 @@ import torch
 from torch import Tensor
 
 from ivon_kernels import sharding
-from ivon_kernels.backends.addresses import Addresses
 from ivon_kernels.noise import Shard
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from ivon_kernels.backends.base import Backend
-    from ivon_kernels.backends.device import DeviceFlags
-    from ivon_kernels.hyperparameters import GroupScalars
-
 STATE_KEYS = ("mean", "momentum", "hess")
 _ALIGNMENT = 16  # elements: every view starts on a 64-byte boundary of its arena
+
+NOTHING_BAD = 2**62
+BLOCK_SIZE = 8
+BAD, DONE, SKIPPED = range(3)  # words of DeviceFlags.block
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a parameter's state: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class DeviceFlags:
+    """What the kernels of one optimizer share on one device, and how they tell the host of a step that they skipped.
+
+    Attributes:
+        block: int64 ``[8]`` on the device: the first parameter whose gradient holds inf or nan (``NOTHING_BAD``: none),
+            how many programs of the running launch have finished, how many steps were skipped without a report.
+        mailbox: int64 ``[2]``, pinned host memory, which kernels write to directly: how many skipped steps were
+            reported, and the parameter at fault in the last one. Reading it waits for nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.block = torch.zeros(BLOCK_SIZE, dtype=torch.int64, device=device)
+        self.block[BAD] = NOTHING_BAD
+        self.mailbox = torch.zeros(2, dtype=torch.int64, pin_memory=device.type != "cpu")
+        self._letters = (ctypes.c_int64 * 2).from_address(self.mailbox.data_ptr())  # read without a tensor operation
+        self.seen = 0
+
+    def new_report(self) -> int | None:
+        """Index of the parameter at fault in a skipped step that was reported since the last call, or None."""
+        count = self._letters[0]
+        if count == self.seen:
+            return None
+        self.seen = count
+        return self._letters[1]
+
+    def skipped(self) -> int:
+        """Steps skipped without a report. Waits for the device."""
+        return int(self.block[SKIPPED])
+
+    def found(self) -> int:
+        """The first parameter that the checks found, or ``NOTHING_BAD``. Waits for the device."""
+        return int(self.block[BAD])
+
+    def forget(self, *but: int) -> None:
+        """Drop what the checks found; `but` are findings to keep instead."""
+        self.block[BAD].fill_(min(but, default=NOTHING_BAD))
 
 
 class Arena:
@@ -35,7 +73,7 @@ class Arena:
     Attributes:
         mean, momentum, hess: ``[total]``, float32 or float64. Where nothing is trained, momentum is hess: never used.
         steps: int64 ``[parameters]`` on the same device: finished updates of each parameter. The backends count them.
-        control: What kernels share on this device, for backends that decide there whether a step is taken.
+        flags: What kernels share on this device, for backends that decide there whether a step is taken.
         noise: float32 ``[total]`` or None: the normals of the last training sample, for backends that keep them.
         noise_tags: int64 ``[parameters, 4]``: whose it is (seed, step, sample, replica).
         grad_sum, second_sum: ``[total]`` or None; sums over finished MC samples, made when a second sample is drawn.
@@ -51,6 +89,7 @@ class Arena:
         *,
         keep_noise: bool = False,
         trained: bool = True,
+        flags: DeviceFlags | None = None,
     ) -> None:
         self.offsets: list[int] = []
         total = 0
@@ -61,7 +100,7 @@ class Arena:
         self.hess = torch.zeros_like(self.mean)
         self.momentum = torch.zeros_like(self.mean) if trained else self.hess
         self.steps = torch.zeros(len(sizes), device=device, dtype=torch.int64)
-        self.control: DeviceFlags | None = None
+        self.flags = flags
         self.noise = torch.empty(total, device=device, dtype=torch.float32) if keep_noise else None
         self.noise_tags = torch.full((len(sizes), 4), -1, dtype=torch.int64)
         self.sums: Tensor | None = None
@@ -94,7 +133,6 @@ class ParamState:
     name: str
     index: int  # position among all parameters of the optimizer: the noise's parameter index
     group: int
-    backend: Backend
     arena: Arena
     position: int  # in the arena
     dtensor: DTensor | None = None  # the parameter, if `param` is only its local shard
@@ -102,7 +140,7 @@ class ParamState:
     mean: Tensor = field(init=False)
     momentum: Tensor = field(init=False)
     hess: Tensor = field(init=False)
-    grad: Tensor | None = None  # set for an accumulate or step where `pointers` do not do
+    grad: Tensor | None = None  # set for an accumulate or step where a launch's addresses do not do
     summed: bool = False  # grad_sum and second_sum hold earlier MC samples of this step
 
     def __post_init__(self) -> None:
@@ -110,15 +148,13 @@ class ParamState:
         self.remember_storage()
 
     @classmethod
-    def of(
-        cls, param: Tensor, name: str, index: int, group: int, backend: Backend, arena: Arena, position: int
-    ) -> ParamState:
-        """The slot of a parameter, which may be a DTensor."""
+    def of(cls, param: Tensor, name: str, index: int, group: int, arena: Arena, position: int) -> ParamState:
+        """The state of a parameter, which may be a DTensor."""
         dtensor = sharding.as_dtensor(param)
         if dtensor is None:
-            return cls(param, name, index, group, backend, arena, position)
+            return cls(param, name, index, group, arena, position)
         shard = sharding.shard_of(dtensor, name)
-        return cls(sharding.local(dtensor), name, index, group, backend, arena, position, dtensor, shard)
+        return cls(sharding.local(dtensor), name, index, group, arena, position, dtensor, shard)
 
     def view(self, flat: Tensor) -> Tensor:
         """This parameter's part of an arena tensor, in its shape."""
@@ -134,6 +170,14 @@ class ParamState:
         """The parameter's gradient, of a DTensor the local shard of it."""
         grad = self.parameter.grad
         return grad if grad is None or self.dtensor is None else sharding.local_grad(grad, self.dtensor)
+
+    def take_grad(self, grad: Tensor | None) -> None:
+        """Hold a gradient for a launch, or (None) nothing any more."""
+        self.grad = grad
+
+    def mark_summed(self, summed: bool) -> None:
+        """Note whether `grad_sum` and `second_sum` hold earlier MC samples of this step."""
+        self.summed = summed
 
     def moved(self) -> bool:
         """Whether the parameter's memory or its strides changed."""
@@ -197,7 +241,7 @@ class ParamState:
         }
 
     def outside(self, value: Tensor) -> Tensor:
-        """A tensor of this slot as users see it: in the placement of the parameter."""
+        """A tensor of this state as users see it: in the placement of the parameter."""
         return value if self.dtensor is None else sharding.like(value, self.dtensor)
 
     def adopt_edits(self) -> None:
@@ -206,40 +250,3 @@ class ParamState:
         edited = self.mean.to(weights.dtype) != weights
         if bool(edited.any()):
             torch.where(edited, weights.to(self.mean.dtype), self.mean, out=self.mean)
-
-
-class Launch:
-    """The slots of one launch.
-
-    Attributes:
-        slots: All on one device.
-        pointers: Where their parameters and gradients are, for compiled backends; None where the slots say it.
-        rows: The parameter groups' scalars of this launch.
-        summed: Whether any slot's sums hold earlier MC samples of this step.
-        cache: What a backend derives from the slots.
-    """
-
-    def __init__(self, slots: list[ParamState], pointers: bool, rows: GroupScalars) -> None:
-        self.slots = slots
-        self.pointers = Addresses([slot.param for slot in slots]) if pointers else None
-        self.rows = rows
-        self.summed = False
-        self.cache: Any = None
-        self._sharded = [slot for slot in slots if slot.dtensor is not None]
-
-    def moved(self, *, trained: bool = True) -> bool:
-        """Whether a parameter's memory, strides or dtype, or with `trained` its ``requires_grad``, has changed."""
-        if self.pointers is None:
-            return any(slot.moved() or (trained and not slot.parameter.requires_grad) for slot in self.slots)
-        if self.pointers.moved(trained=trained):
-            return True
-        # The pointers see local shards, not the DTensors that they belong to.
-        return any(slot.replaced() or (trained and not slot.parameter.requires_grad) for slot in self._sharded)
-
-
-def by_backend(slots: list[ParamState], rows: GroupScalars) -> list[tuple[Backend, Launch]]:
-    """Split slots into one list per backend and device, order kept."""
-    lists: dict[tuple[Backend, torch.device], list[ParamState]] = {}
-    for slot in slots:
-        lists.setdefault((slot.backend, slot.mean.device), []).append(slot)
-    return [(backend, Launch(part, backend.compiled, rows)) for (backend, _), part in lists.items()]

@@ -11,17 +11,15 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ivon_kernels.backends.addresses import DTYPES
-from ivon_kernels.backends.base import Draw, Guard
+from ivon_kernels.backends.base import Draw, Guard, Launch
 from ivon_kernels.backends.device import DeviceBackend
+from ivon_kernels.backends.state import Arena, ParamState
 from ivon_kernels.backends.triton_launch import Kernel, Mirror, installed, interpreted, is_capturing
-
-if TYPE_CHECKING:
-    from ivon_kernels.backends.state import Arena, Launch, ParamState
 
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 _BLOCK = 1024  # elements at a time: 8 a thread ...
@@ -44,7 +42,7 @@ def _kernel(operation: str, device: torch.device, flags: tuple[object, ...]) -> 
 
 
 class _Key(NamedTuple):
-    """What the slots of one launch have in common."""
+    """What the parameters of one bucket have in common."""
 
     dtype: int
     grad_dtype: int
@@ -52,15 +50,15 @@ class _Key(NamedTuple):
     shard: int
 
 
-def _shard_kind(slot: ParamState) -> int:
-    shard, numel = slot.placement, slot.param.numel()
+def _shard_kind(state: ParamState) -> int:
+    shard, numel = state.placement, state.param.numel()
     if numel == 0 or (shard.start == 0 and shard.run >= numel):
         return _WHOLE
     return _ALIGNED if shard.aligned else _ANY
 
 
 class _Bucket:
-    """The slots of one launch: what they have in common, and which program takes which elements."""
+    """The parameters of one compiled kernel: what they have in common, and which program takes which elements."""
 
     def __init__(self, key: _Key, members: list[int], numels: list[int], device: torch.device) -> None:
         import triton.language as tl
@@ -84,7 +82,7 @@ class _Bucket:
         self._kernels: dict[tuple[object, ...], Kernel] = {}
         self._device = device
 
-    def addresses(self, capturing: bool) -> tuple[int, int]:
+    def tables(self, capturing: bool) -> tuple[int, int]:
         """Of the chunks and of the members."""
         return self._chunks.address(0, capturing), self._members.address(0, capturing)
 
@@ -105,29 +103,29 @@ class _Bucket:
 
 
 class _Plan:
-    """What the backend derives from a list of slots: its buckets, and tables on the device."""
+    """What the backend derives from a launch: its buckets, and tables on the device."""
 
-    def __init__(self, slots: Launch) -> None:
-        assert slots.pointers is not None
-        self.slots = slots.slots
-        self.pointers = slots.pointers
-        self.rows = slots.rows
-        self.arenas: list[Arena] = list(dict.fromkeys(slot.arena for slot in self.slots))
-        control = self.arenas[0].control
-        assert control is not None
+    def __init__(self, launch: Launch) -> None:
+        assert launch.addresses is not None
+        self.states = launch.states
+        self.addresses = launch.addresses
+        self.scalars = launch.scalars
+        self.arenas: list[Arena] = list(dict.fromkeys(state.arena for state in self.states))
+        flags = self.arenas[0].flags
+        assert flags is not None
         self.device = self.arenas[0].mean.device
-        self.control, self.mailbox = control.block.data_ptr(), control.mailbox.data_ptr()
+        self.control, self.mailbox = flags.block.data_ptr(), flags.mailbox.data_ptr()
         self._capturing = False
         self._summed: list[bool] = []
         self._bases: list[tuple[int, int]] = []
         self._table = Mirror(self.device, self._static_rows)
         self._layouts = Mirror(self.device, self._layout_rows)
-        self._grads = Mirror(self.device, lambda: self.pointers.grads)
+        self._grads = Mirror(self.device, lambda: self.addresses.grads)
         self._sums = Mirror(self.device, self._sum_rows)
-        self._rows = Mirror(self.device, lambda: self.rows.data)
-        self.numels = [slot.param.numel() for slot in self.slots]
-        self.shards = [_shard_kind(slot) for slot in self.slots]
-        self.dtypes = [DTYPES[slot.param.dtype] for slot in self.slots]
+        self._rows = Mirror(self.device, lambda: self.scalars.data)
+        self.numels = [state.param.numel() for state in self.states]
+        self.shards = [_shard_kind(state) for state in self.states]
+        self.dtypes = [DTYPES[state.param.dtype] for state in self.states]
         self.grad_dtypes = list(self.dtypes)
         self._dtypes_seen = b""
         self._grads_version = -1
@@ -135,28 +133,28 @@ class _Plan:
         self.buckets: list[_Bucket] = []
 
     def refresh(self, *, grads: bool) -> None:
-        """Follow the pointers."""
-        pointers = self.pointers
-        if grads and pointers.grads_version != self._grads_version:
-            self._grads_version = pointers.grads_version
-            if (dtypes := pointers.grad_dtypes.tobytes()) != self._dtypes_seen:
+        """Follow the addresses."""
+        addresses = self.addresses
+        if grads and addresses.grads_version != self._grads_version:
+            self._grads_version = addresses.grads_version
+            if (dtypes := addresses.grad_dtypes.tobytes()) != self._dtypes_seen:
                 self._dtypes_seen = dtypes
                 # A gradient that is None goes where the last one was: the smallest number of launches.
-                known = zip(pointers.grads, pointers.grad_dtypes, self.grad_dtypes, strict=True)
+                known = zip(addresses.grads, addresses.grad_dtypes, self.grad_dtypes, strict=True)
                 new = [dtype if address else old for address, dtype, old in known]
                 if new != self.grad_dtypes:
                     self.grad_dtypes, self._version = new, (-1, -1)
-        version = (pointers.params_version, pointers.layouts_version)
+        version = (addresses.params_version, addresses.layouts_version)
         if version != self._version:
             self._version = version
             self._make_buckets()
         self._capturing = is_capturing(self.device)
 
     def _make_buckets(self) -> None:
-        pointers = self.pointers
+        addresses = self.addresses
         members: dict[_Key, list[int]] = {}
         for slot, numel in enumerate(self.numels):
-            awkward = bool(pointers.layouts[slot]) or pointers.params[slot] % 16 != 0 or numel % 4 != 0
+            awkward = bool(addresses.layouts[slot]) or addresses.params[slot] % 16 != 0 or numel % 4 != 0
             key = _Key(self.dtypes[slot], self.grad_dtypes[slot], awkward, self.shards[slot])
             members.setdefault(key, []).append(slot)
         self.buckets = [_Bucket(key, part, self.numels, self.device) for key, part in members.items()]
@@ -173,7 +171,7 @@ class _Plan:
         """
         table, capturing = self._table.address(self._version, self._capturing), self._capturing
         for bucket in self.buckets:
-            chunks, members = bucket.addresses(capturing)
+            chunks, members = bucket.tables(capturing)
             args = (table, chunks, bucket.passes, *tail)
             if operation == "step":
                 flags = last if bucket is self.buckets[-1] else 0
@@ -182,15 +180,15 @@ class _Plan:
 
     def rows_address(self) -> int:
         """Of the table of groups."""
-        return self._rows.address(self.rows.version, self._capturing)
+        return self._rows.address(self.scalars.version, self._capturing)
 
     def grads_address(self) -> int:
         """Of the table of gradients."""
-        return self._grads.address(self.pointers.grads_version, self._capturing)
+        return self._grads.address(self.addresses.grads_version, self._capturing)
 
     def sums_address(self) -> int:
         """Of the table of sums, with 0 for a slot that has none in this step."""
-        self._summed = [slot.summed for slot in self.slots]
+        self._summed = [state.summed for state in self.states]
         self._bases = [
             (0, 0)
             if arena.grad_sum is None or arena.second_sum is None
@@ -201,42 +199,42 @@ class _Plan:
 
     def _layout_rows(self) -> array[int]:
         rows = array("q")
-        for row in self.pointers.layout_rows:
+        for row in self.addresses.layout_rows:
             rows.extend(row or ())
         return rows
 
     def _static_rows(self) -> array[int]:
-        slots, pointers = self.slots, self.pointers
-        layouts = [0] * len(slots)
-        strided = [(slot, row) for slot, row in enumerate(pointers.layout_rows) if row is not None]
+        states, addresses = self.states, self.addresses
+        layouts = [0] * len(states)
+        strided = [(slot, row) for slot, row in enumerate(addresses.layout_rows) if row is not None]
         if strided:
             first, width = self._layouts.address(self._version, self._capturing), 8 * len(strided[0][1])
             for number, (slot, _) in enumerate(strided):
                 layouts[slot] = first + number * width
         columns = (
-            pointers.params,
-            [slot.mean.data_ptr() for slot in slots],
-            [slot.momentum.data_ptr() for slot in slots],
-            [slot.hess.data_ptr() for slot in slots],
+            addresses.params,
+            [state.mean.data_ptr() for state in states],
+            [state.momentum.data_ptr() for state in states],
+            [state.hess.data_ptr() for state in states],
             self.numels,
-            [slot.index for slot in slots],
-            [slot.group for slot in slots],
-            [slot.arena.steps.data_ptr() + 8 * slot.position for slot in slots],
+            [state.index for state in states],
+            [state.group for state in states],
+            [state.arena.steps.data_ptr() + 8 * state.position for state in states],
             layouts,
-            *zip(*(slot.placement for slot in slots), strict=True),
+            *zip(*(state.placement for state in states), strict=True),
         )
-        table = array("q", bytes(8 * _COLUMNS * len(slots)))
+        table = array("q", bytes(8 * _COLUMNS * len(states)))
         for number, column in enumerate(columns):
             table[number::_COLUMNS] = array("q", column)
         return table
 
     def _sum_rows(self) -> array[int]:
         of_arena = dict(zip(self.arenas, self._bases, strict=True))
-        table = array("q", bytes(16 * len(self.slots)))
-        for number, slot in enumerate(self.slots):
+        table = array("q", bytes(16 * len(self.states)))
+        for number, state in enumerate(self.states):
             if self._summed[number]:
-                offset = 4 * slot.arena.offsets[slot.position]
-                first, second = of_arena[slot.arena]
+                offset = 4 * state.arena.offsets[state.position]
+                first, second = of_arena[state.arena]
                 table[2 * number], table[2 * number + 1] = first + offset, second + offset
         return table
 
@@ -275,24 +273,24 @@ class TritonBackend(DeviceBackend):
             return f"it takes {', '.join(map(str, DTYPES))}, not {dtype}"
         return None
 
-    def sample(self, slots: Launch, draw: Draw, adopt: bool) -> None:
-        plan = _plan(slots, grads=False)
+    def sample(self, launch: Launch, draw: Draw, adopt: bool) -> None:
+        plan = _plan(launch, grads=False)
         plan.launch("sample", (plan.rows_address(), *_noise(draw), int(adopt)))
 
-    def restore(self, slots: Launch) -> None:
-        _plan(slots, grads=False).launch("restore", ())
+    def restore(self, launch: Launch) -> None:
+        _plan(launch, grads=False).launch("restore", ())
 
-    def check(self, slots: Launch) -> None:
-        plan = _plan(slots, grads=True)
+    def check(self, launch: Launch) -> None:
+        plan = _plan(launch, grads=True)
         plan.launch("check", (plan.grads_address(), plan.control))
 
-    def accumulate(self, slots: Launch, draw: Draw) -> None:
-        plan = _plan(slots, grads=True)
+    def accumulate(self, launch: Launch, draw: Draw) -> None:
+        plan = _plan(launch, grads=True)
         plan.launch("accumulate", (plan.grads_address(), plan.sums_address(), plan.rows_address(), *_noise(draw)))
 
-    def step(self, slots: Launch, draw: Draw, adopt: bool, draw_next: bool, guard: Guard = _UNGUARDED) -> None:
-        plan = _plan(slots, grads=True)
-        sums = plan.sums_address() if slots.summed else 0
+    def step(self, launch: Launch, draw: Draw, adopt: bool, draw_next: bool, guard: Guard = _UNGUARDED) -> None:
+        plan = _plan(launch, grads=True)
+        sums = plan.sums_address() if launch.summed else 0
         tail = (
             plan.grads_address(),
             sums,
@@ -308,11 +306,8 @@ class TritonBackend(DeviceBackend):
         plan.launch("step", tail, sums=sums != 0, draw_next=draw_next, last=last)
 
 
-def _plan(slots: Launch, *, grads: bool) -> _Plan:
-    """What is kept of the list, up to date."""
-    plan = slots.cache
-    if plan is None:
-        plan = slots.cache = _Plan(slots)
-    assert isinstance(plan, _Plan)
+def _plan(launch: Launch, *, grads: bool) -> _Plan:
+    """What is kept of the launch, up to date."""
+    plan: _Plan = launch.cache or launch.derive(_Plan)
     plan.refresh(grads=grads)
     return plan

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ivon_kernels.gaussians import dials, names
 from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.placement import Placement
-from ivon_kernels.noise import MAX_SAMPLES
+from ivon_kernels.noise import check_sample
 from ivon_kernels.training.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Gaussians", "check_sample"]
+__all__ = ["Gaussians"]
 
 
 class Gaussians(Mapping[str, Gaussian]):
@@ -249,13 +249,3 @@ class Gaussians(Mapping[str, Gaussian]):
         placement = Placement(self, self.parameters_of(model, chosen), backend)
         self._placed = weakref.ref(model), (chosen, backend), placement
         return placement
-
-
-def check_sample(sample: int) -> None:
-    """Refuse what is no number of a sample.
-
-    Raises:
-        ValueError: If it is not a whole number in ``[0, 65536)``.
-    """
-    if not (isinstance(sample, int) and 0 <= sample < MAX_SAMPLES):
-        raise ValueError(f"sample must be a whole number in [0, {MAX_SAMPLES}), got {sample!r}")

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from ivon_kernels.gaussians.gaussian import Gaussian
-from ivon_kernels.gaussians.gaussians import Gaussians, check_sample
+from ivon_kernels.gaussians.gaussians import Gaussians
+from ivon_kernels.noise import check_sample
 from ivon_kernels.posterior import checkpoints, file, hub
 from ivon_kernels.predict import generation, prediction
-from ivon_kernels.training.snapshot import snapshot
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,12 +88,6 @@ class Posterior(Gaussians):
         """
         found = checkpoints.snapshot_of(checkpoint, model, params, adapter, seed)
         return cls.of_snapshot(found, model, adapter)
-
-    @classmethod
-    def of_optimizer(cls, optimizer: Optimizer, model: nn.Module, adapter: str | None = None) -> Self:
-        """See :meth:`ivon_kernels.IVON.posterior`."""
-        groups = optimizer.param_groups
-        return cls.of_snapshot(snapshot(groups, optimizer.state, groups[0]["seed"]), model, adapter)
 
     def save(self, folder: str | Path) -> None:
         """Write ivon_posterior.safetensors into the folder of the saved model or adapter.

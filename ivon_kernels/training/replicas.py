@@ -86,30 +86,30 @@ class Shared(NamedTuple):
     averaged: bool  # ranks with noise of their own have the same gradient: somebody averages gradients
 
 
-def share_samples(slots: list[ParamState], samples: int, bad: bool) -> Shared:
+def share_samples(states: list[ParamState], samples: int, bad: bool) -> Shared:
     """Add up the MC sums of all ranks, in place; a parameter that had a gradient on any rank is summed on every one.
 
     Args:
-        slots: Equal on every rank, with their sums complete.
+        states: Equal on every rank, with their sums complete.
         samples: How many samples this rank's sums have.
         bad: Whether this rank must not take the step.
     """
     rank, size = world()
     facts = torch.zeros(4, dtype=torch.float64)  # samples, bad ranks, checksums of the first and of the last rank
-    for arena in dict.fromkeys(slot.arena for slot in slots):  # in order, equal on every rank
-        facts += _share_arena(arena, [slot for slot in slots if slot.arena is arena], samples, bad, rank, size)
+    for arena in dict.fromkeys(state.arena for state in states):  # in order, equal on every rank
+        facts += _share_arena(arena, [state for state in states if state.arena is arena], samples, bad, rank, size)
         samples, bad = 0, False  # told once
     first, last = facts[2:].tolist()
     return Shared(int(facts[0]), bool(facts[1]), averaged=first == last != 0.0)
 
 
-def _share_arena(arena: Arena, slots: list[ParamState], samples: int, bad: bool, rank: int, size: int) -> Tensor:
+def _share_arena(arena: Arena, states: list[ParamState], samples: int, bad: bool, rank: int, size: int) -> Tensor:
     """One all-reduce. Its tail: which parameters have sums, then the four facts."""
     grad_sum = arena.clear_sums()[0] if arena.grad_sum is None else arena.grad_sum
     assert arena.sums is not None
     tail = [0.0] * arena.tail.numel()
-    for slot in slots:
-        tail[slot.position] = float(slot.summed)
+    for state in states:
+        tail[state.position] = float(state.summed)
     tail[-4:] = [float(samples), float(bad), 0.0, 0.0]
     if rank in (0, size - 1):
         checksum = float(grad_sum.sum(dtype=torch.float64).float())
@@ -117,6 +117,6 @@ def _share_arena(arena: Arena, slots: list[ParamState], samples: int, bad: bool,
     arena.tail.copy_(torch.tensor(tail, dtype=arena.tail.dtype))
     dist.all_reduce(arena.sums)
     told = arena.tail.tolist()
-    for slot in slots:
-        slot.summed = told[slot.position] > 0.0
+    for state in states:
+        state.mark_summed(told[state.position] > 0.0)
     return torch.tensor(told[-4:], dtype=torch.float64)

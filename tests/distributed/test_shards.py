@@ -305,7 +305,7 @@ def test_a_skipped_step_skips_both_kinds(cuda: CudaBackend, shard: Shard | None)
     cuda.step(side.list, DRAW, False, False)
     for old, new in zip(before, side.everything(), strict=True):
         assert torch.equal(old, new)
-    assert side.control.skipped() == 1 and side.control.found() == 2**62
+    assert side.flags.skipped() == 1 and side.flags.found() == 2**62
 
 
 @pytest.mark.parametrize(

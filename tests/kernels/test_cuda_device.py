@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ivon_kernels.backends.base import Guard
 from ivon_kernels.backends.cuda import CudaBackend
-from ivon_kernels.backends.device import BAD, NOTHING_BAD, SKIPPED
 from ivon_kernels.backends.reference import ReferenceBackend
+from ivon_kernels.backends.state import BAD, NOTHING_BAD, SKIPPED
 from tests.support.cuda_emulator import (
     COMPILER,
     DRAW,
@@ -80,16 +80,16 @@ def test_check_finds_the_first_bad_gradient(cuda: CudaBackend, dtype: torch.dtyp
     grads: list[Tensor | None] = [None, *grads_like(weights[1:], dtype)]
     device.set_grads(grads)
     device.backend.check(device.list)
-    assert int(device.control.block[BAD]) == NOTHING_BAD
+    assert int(device.flags.block[BAD]) == NOTHING_BAD
     for position in (1, 2):
         tensor = grads[position]
         assert tensor is not None
         tensor[at] = value
     device.set_grads(grads)
     assert device.backend.find_nonfinite(device.list) == 2
-    assert int(device.control.block[BAD]) == NOTHING_BAD
+    assert int(device.flags.block[BAD]) == NOTHING_BAD
     device.backend.check(device.list)
-    assert int(device.control.block[BAD]) == 8
+    assert int(device.flags.block[BAD]) == 8
 
 
 @pytest.mark.parametrize("why", ["check", "found_inf"])
@@ -121,11 +121,11 @@ def test_a_skipped_step_leaves_the_state(
         one = torch.ones(1, device=device.device)
         guard = Guard(found_inf=one, grad_scale=one, report=False)
     device.backend.step(device.list, DRAW._replace(sample=4), adopt, draw_next, guard._replace(final=False))
-    assert int(device.control.block[SKIPPED]) == 0 and device.control.new_report() is None
+    assert int(device.flags.block[SKIPPED]) == 0 and device.flags.new_report() is None
     device.backend.step(device.list, DRAW._replace(sample=4), adopt, draw_next, guard)
-    assert int(device.control.block[SKIPPED]) == (0 if why == "check" else 1)
-    assert device.control.new_report() == (1 if why == "check" else None)
-    device.control.block[SKIPPED] = 0
+    assert int(device.flags.block[SKIPPED]) == (0 if why == "check" else 1)
+    assert device.flags.new_report() == (1 if why == "check" else None)
+    device.flags.block[SKIPPED] = 0
     assert_same(reference, device)
 
 
@@ -137,11 +137,11 @@ def test_reports_are_counted(cuda: CudaBackend) -> None:
         device.backend.check(device.list)
         device.backend.step(device.list, DRAW, False, False, Guard(report=True))
         assert device.slots[0].step == 2  # waits for the device
-        assert device.control.mailbox.tolist() == [count, 41]
-    assert device.control.new_report() == 41 and device.control.new_report() is None
+        assert device.flags.mailbox.tolist() == [count, 41]
+    assert device.flags.new_report() == 41 and device.flags.new_report() is None
     device.set_grads([torch.ones(5)])
     device.backend.step(device.list, DRAW, False, False, Guard(report=True))
-    assert device.slots[0].step == 3 and device.control.new_report() is None
+    assert device.slots[0].step == 3 and device.flags.new_report() is None
 
 
 # ---- launches -------------------------------------------------------------------------------------------------------
@@ -162,8 +162,8 @@ def test_many_launches_are_as_one(cuda: CudaBackend, limits: tuple[int, int, int
     device.set_grads(grads)
     device.backend.check(device.list)
     device.backend.step(device.list, DRAW, False, False, Guard(report=True))
-    assert int(device.control.block[BAD]) == NOTHING_BAD  # waits for the device
-    assert device.control.mailbox.tolist() == [1, 6]
+    assert int(device.flags.block[BAD]) == NOTHING_BAD  # waits for the device
+    assert device.flags.mailbox.tolist() == [1, 6]
     for side in sides:
         side.backend.restore(side.list)
     assert_same(*sides)

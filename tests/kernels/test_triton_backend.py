@@ -240,10 +240,10 @@ def test_skipped_step(report: bool, by_scaler: bool) -> None:
         assert torch.equal(old, new)
     for slot in side.slots:
         assert torch.equal(slot.param.detach(), slot.mean)
-    assert side.control.block.tolist()[:3] == [2**62, 0, 0 if report else 1]
+    assert side.flags.block.tolist()[:3] == [2**62, 0, 0 if report else 1]
     if report:
-        assert side.control.new_report() == (2**62 if by_scaler else side.slots[1].index)
-    assert side.control.new_report() is None
+        assert side.flags.new_report() == (2**62 if by_scaler else side.slots[1].index)
+    assert side.flags.new_report() is None
 
 
 def test_skipped_step_leaves_edited_weights() -> None:
@@ -275,9 +275,9 @@ def test_only_the_final_launch_forgets() -> None:
     assert isinstance(backend, TritonBackend)
     backend.check(side.list)
     backend.step(side.list, DRAW, False, False, Guard(final=False))
-    assert side.control.block.tolist()[:3] == [side.slots[1].index, 0, 0]
+    assert side.flags.block.tolist()[:3] == [side.slots[1].index, 0, 0]
     backend.step(side.list, DRAW, False, False, Guard())
-    assert side.control.block.tolist()[:3] == [2**62, 0, 1]
+    assert side.flags.block.tolist()[:3] == [2**62, 0, 1]
     for old, new in zip(before[3:], side.state()[3:], strict=True):
         assert torch.equal(old, new)
 
@@ -298,7 +298,7 @@ def test_follows_parameters_that_move() -> None:
         for side in twins.sides:
             for param in side.params:
                 param.data = place(param.detach())
-        pointers = twins.triton.list.pointers
+        pointers = twins.triton.list.addresses
         assert pointers is not None and pointers.moved()
         pointers.record()
         twins.new_grads()

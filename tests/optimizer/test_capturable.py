@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from ivon_kernels import IVON, NonFiniteGradientError
-from ivon_kernels.backends import DeviceFlags
+from ivon_kernels.backends.state import DeviceFlags
 from tests.support.capture import Capture
 from tests.support.helpers import assert_same, bowl, flat, parameters, snapshot, through_file, train, train_modes
 from tests.support.matrix import EMULATED, INTERPRETED, Target

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from ivon_kernels import backends
+from ivon_kernels.backends import Launch
 from ivon_kernels.backends.base import Draw
 from ivon_kernels.backends.cuda import CudaBackend
-from ivon_kernels.backends.device import NOTHING_BAD, DeviceFlags
 from ivon_kernels.backends.reference import ReferenceBackend
-from ivon_kernels.backends.state import Arena, Launch, ParamState
+from ivon_kernels.backends.state import NOTHING_BAD, Arena, DeviceFlags, ParamState
 from ivon_kernels.backends.triton import TritonBackend
 from ivon_kernels.backends.triton_launch import interpreted
 from ivon_kernels.hyperparameters import GroupScalars
@@ -151,21 +151,20 @@ class Side:
         self.backend, self.groups = backend, list(groups)
         self.device = device_of(backend)
         self.params = [moved(w, self.device) for w in weights]
-        self.control = DeviceFlags(self.device)
+        self.flags = DeviceFlags(self.device)
         self.rows = GroupScalars()
         self.rows.update(self.groups)
         slots: list[ParamState] = []
         for number in range(arenas):
             mine = range(number, len(weights), arenas)
-            arena = Arena([weights[i].numel() for i in mine], self.device, torch.float32)
-            arena.control = self.control
+            arena = Arena([weights[i].numel() for i in mine], self.device, torch.float32, flags=self.flags)
             arena.clear_sums()
             for flat in (arena.mean, arena.momentum, arena.hess, *(arena.grad_sum, arena.second_sum)):
                 assert flat is not None
                 flat.fill_(7.0)  # the padding must stay as it is
             for position, i in enumerate(mine):
                 index = i if indices is None else indices[i]
-                slot = ParamState(self.params[i], str(i), index, i % len(groups), backend, arena, position)
+                slot = ParamState(self.params[i], str(i), index, i % len(groups), arena, position)
                 arena.steps[position] = steps + position % 3
                 slots.append(slot)
         self.slots = sorted(slots, key=lambda slot: int(slot.name))
@@ -177,13 +176,13 @@ class Side:
             for total in slot.sums or ():
                 total.zero_()
             slot.summed = False
-        self.list = Launch(self.slots, backend.compiled, self.rows)
+        self.list = Launch(backend, self.slots, self.rows)
 
     def set_grads(self, grads: Sequence[Tensor | None]) -> None:
         for slot, grad in zip(self.slots, grads, strict=True):
             slot.grad = None if grad is None else moved(grad, self.device)
-        if self.list.pointers is not None:
-            self.list.pointers.set_grads([slot.grad for slot in self.slots])
+        if self.list.addresses is not None:
+            self.list.addresses.set_grads([slot.grad for slot in self.slots])
 
     def set_summed(self, summed: Sequence[bool]) -> None:
         for slot, flag in zip(self.slots, summed, strict=True):
@@ -201,7 +200,7 @@ class Side:
 def assert_same(reference: Side, device: Side) -> None:
     for a, b in zip(reference.everything(), device.everything(), strict=True):
         assert torch.equal(a, b)
-    assert device.control.block.tolist() == [NOTHING_BAD, 0, 0, 0, 0, 0, 0, 0]
+    assert device.flags.block.tolist() == [NOTHING_BAD, 0, 0, 0, 0, 0, 0, 0]
 
 
 def randn(*shape: int, dtype: torch.dtype = F32, seed: int = 0) -> Tensor:

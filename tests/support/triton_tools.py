@@ -13,9 +13,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import torch
 from torch import Tensor
 
-from ivon_kernels.backends import Backend, DeviceFlags, Draw, Guard
+from ivon_kernels.backends import Backend, Draw, Guard, Launch
 from ivon_kernels.backends.reference import ReferenceBackend
-from ivon_kernels.backends.state import Arena, Launch, ParamState
+from ivon_kernels.backends.state import Arena, DeviceFlags, ParamState
 from ivon_kernels.backends.triton import TritonBackend
 from ivon_kernels.hyperparameters import GroupScalars
 
@@ -80,20 +80,17 @@ class Side:
         device = torch.device("cpu")
         of = [list(range(len(specs)))[start::arenas] for start in range(arenas)]
         numels = [param.numel() for param in self.params]
-        self.arenas = [Arena([numels[i] for i in part], device, torch.float32, keep_noise=False) for part in of]
-        self.control = DeviceFlags(device)
+        self.flags = DeviceFlags(device)
+        self.arenas = [Arena([numels[i] for i in part], device, torch.float32, flags=self.flags) for part in of]
         slots: dict[int, ParamState] = {}
         for part, arena in zip(of, self.arenas, strict=True):
-            arena.control = self.control
             for position, i in enumerate(part):
                 spec = specs[i]
                 index = spec.index or 3 * i
-                slots[i] = ParamState(
-                    self.params[i].requires_grad_(), f"p{i}", index, spec.group, backend, arena, position
-                )
+                slots[i] = ParamState(self.params[i].requires_grad_(), f"p{i}", index, spec.group, arena, position)
         self.rows = GroupScalars()
         self.slots = [slots[i] for i in range(len(specs))]
-        self.list = Launch(self.slots, backend.compiled, self.rows)
+        self.list = Launch(backend, self.slots, self.rows)
         for i, slot in enumerate(self.slots):
             slot.mean.copy_(slot.param.detach())
             if slot.param.dtype != torch.float32:  # bits that the weights do not hold
@@ -105,8 +102,8 @@ class Side:
     def set_grads(self, grads: Sequence[Tensor | None]) -> None:
         for slot, grad in zip(self.slots, grads, strict=True):
             slot.grad = grad
-        if self.list.pointers is not None:
-            self.list.pointers.set_grads(grads)
+        if self.list.addresses is not None:
+            self.list.addresses.set_grads(grads)
 
     def state(self) -> list[Tensor]:
         parts = [getattr(slot, key) for slot in self.slots for key in STATE]
@@ -172,7 +169,7 @@ class Twins:
         self.triton.backend.step(self.triton.list, draw, adopt, draw_next, guard)  # type: ignore[call-arg]
         self.reference.backend.step(self.reference.list, draw, adopt, draw_next)
         self.compare()
-        assert self.triton.control.block.tolist()[:2] == [2**62, 0]
+        assert self.triton.flags.block.tolist()[:2] == [2**62, 0]
 
     def compare(self) -> None:
         for ours, theirs in zip(self.triton.state(), self.reference.state(), strict=True):

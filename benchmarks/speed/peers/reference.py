@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.speed.contenders import IVON_ARGS, Contender, Parameters, Step
 from benchmarks.speed.ours import plain
 from ivon_kernels import noise
-from ivon_kernels.backends import StepScalars
 from ivon_kernels.backends.reference import draw_weights, update
+from ivon_kernels.hyperparameters import StepScalars
 
 _BETA1, _BETA2, _WEIGHT_DECAY = 0.9, 0.99999, 1e-4  # IVON's defaults
 
