@@ -22,7 +22,7 @@ from ivon_kernels.training.parameters import Parameters
 from ivon_kernels.training.recipe import lora_settings
 from ivon_kernels.training.samples import Closure, NonFinite, Samples
 from ivon_kernels.training.snapshot import snapshot
-from ivon_kernels.training.update import Scaling, Update
+from ivon_kernels.training.update import UNSCALED, Scaling, Update
 from ivon_kernels.training.wrapped import forward_public_names
 from ivon_kernels.weights import EDITED, Selection, Weights
 
@@ -404,7 +404,8 @@ class IVON(Optimizer):
             if samples.unused:
                 samples.discard()
         self._mode = True
-        samples.ask()
+        if samples.unused:
+            samples.ask()
         if not samples.count:
             samples.begin(sample)
         elif sample is not None and sample != samples.replay:
@@ -487,7 +488,8 @@ class IVON(Optimizer):
         draw_next = self.sample_in_step and self._mode and weights.held is not None and samples.replay is None
         loss = None if closure is None else samples.run(closure, self.param_groups[0]["mc_samples"])
         # A GradScaler leaves both on the optimizer for the length of the call.
-        scaling = Scaling(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        found_inf = getattr(self, "found_inf", None)
+        scaling = UNSCALED if found_inf is None else Scaling(found_inf, getattr(self, "grad_scale", None))
         self._update.take(scaling, draw_next=draw_next, may_be_empty=closure is not None)
         return loss
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from ivon_kernels.backends import Draw, Launch, launches_of
 from ivon_kernels.backends.state import ParamState
 from ivon_kernels.hyperparameters import GroupScalars
 
-__all__ = ["EDITED", "Selection", "Weights", "announce"]
+__all__ = ["EDITED", "Selection", "Weights"]
 
 EDITED = (
     "the weights were written while they held a sample, by another optimizer or by load_state_dict, and that was lost: "
@@ -27,18 +26,6 @@ EDITED = (
 _MAX_PARTS = 64  # of a selection, which models that leave parameters unused have
 _WATCHED = 8  # parameters, at most
 _VERSION_OF = operator.attrgetter("_version")
-
-
-def announce(params: Sequence[Tensor], fsdp_modules: Iterable[Any]) -> None:
-    """Weights were written behind torch's back: let everybody see it who keeps something that was made of them.
-
-    Autograd sees another version, autocast casts again, FSDP2 gathers again.
-    """
-    increment_version(params)
-    # autocast keeps casts of leaf weights until its outermost region ends, whatever their version.
-    torch.clear_autocast_cache()
-    for module in fsdp_modules:
-        module.reshard()
 
 
 class Selection:
@@ -82,8 +69,15 @@ class Selection:
         return any(launch.moved(trained=trained) for launch in self.launches)
 
     def announce(self) -> None:
-        """The weights were written."""
-        announce(self._tracked, self._fsdp)
+        """The weights were written behind torch's back: whoever keeps something that was made of them shall see it.
+
+        Autograd sees another version, autocast casts again, FSDP2 gathers again.
+        """
+        increment_version(self._tracked)
+        # autocast keeps casts of leaf weights until its outermost region ends, whatever their version.
+        torch.clear_autocast_cache()
+        for module in self._fsdp:
+            module.reshard()
 
 
 class Weights:

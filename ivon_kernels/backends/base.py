@@ -72,7 +72,9 @@ class Launch:
             return True
         # The addresses are those of local shards. FSDP2 replaces a DTensor's shard by another tensor (when it loads a
         # state dict, say), which the old shard does not show.
-        return any(state.replaced() or (trained and not state.parameter.requires_grad) for state in self._sharded)
+        return bool(self._sharded) and any(
+            state.replaced() or (trained and not state.parameter.requires_grad) for state in self._sharded
+        )
 
 
 class Backend(ABC):

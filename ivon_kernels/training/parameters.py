@@ -249,8 +249,8 @@ class Parameters:
         if not (
             self._stale
             or self.active.moved()
-            or any(state.parameter.requires_grad for state in self._frozen)
-            or any(place[0].requires_grad for place in self._stateless)
+            or (self._frozen and any(state.parameter.requires_grad for state in self._frozen))
+            or (self._stateless and any(place[0].requires_grad for place in self._stateless))
         ):
             return False
         thawed = [place for place in self._stateless if place[0].requires_grad]

@@ -105,7 +105,7 @@ class Samples:
         seed = self.parameters.seed
         if self.replay is not None:
             return Draw(seed, self.replay, step=EVAL_STEP)
-        return Draw(seed, self.count - 1, replicas.world()[0] if self.replicas > 1 else 0)
+        return Draw(seed, self.count - 1, replicas.world()[0] if self.parameters.sync else 0)
 
     def _agree(self) -> None:
         """Make sure that all replicas draw from one seed."""
@@ -121,7 +121,7 @@ class Samples:
     def put(self, draw: Draw) -> None:
         """Weights <- mean + sigma eps, whatever they hold."""
         if self.weights.held is None:
-            self._refresh()
+            self._refresh(idle=not self.count)
         else:
             self._catch_up()
         self._put(draw)
@@ -148,14 +148,16 @@ class Samples:
         if edited:
             raise RuntimeError(EDITED)
 
-    def _refresh(self) -> None:
-        if self.parameters.refresh(idle=self.is_idle):
+    def _refresh(self, *, idle: bool) -> None:
+        if self.parameters.refresh(idle=idle):
             self._tell_devices()
 
     def _catch_up(self) -> Selection:
+        before = self.parameters.active
         if self.parameters.catch_up():
             self._tell_devices()
-        self.weights.follow(self.parameters.active)
+        if self.parameters.active is not before:
+            self.weights.follow(self.parameters.active)
         return self.parameters.active
 
     def adopt_edits(self) -> None:
@@ -199,7 +201,7 @@ class Samples:
             self._agree()
         fresh = self.is_idle
         if fresh:
-            self._refresh()  # before this sample is counted: parameters are not exchanged during a step
+            self._refresh(idle=True)  # before this sample is counted: parameters are not exchanged during a step
         else:
             self.parameters.follow_swaps(idle=False)
         self.fold()  # of the parameters that had the last sample, before others are chosen
@@ -347,8 +349,10 @@ class Samples:
             launches = self._with_gradients()
         else:
             launches = self._point_to_states([state for state in active.states if state.summed])
+        summed = self.folded > 0
         for launch in launches:
-            launch.mark_summed(self.folded > 0)
+            if launch.summed != summed:
+                launch.mark_summed(summed)
         self.had_gradients |= bool(launches)
         return launches
 
@@ -408,8 +412,11 @@ class Samples:
 
 def first_nonfinite(launches: list[Launch]) -> str | None:
     """The name of a parameter whose gradient holds inf or nan."""
-    found = [(launch, launch.backend.find_nonfinite(launch)) for launch in launches]
-    return next((launch.states[position].name for launch, position in found if position is not None), None)
+    for launch in launches:
+        position = launch.backend.find_nonfinite(launch)
+        if position is not None:
+            return launch.states[position].name
+    return None
 
 
 def check(launches: list[Launch]) -> None:

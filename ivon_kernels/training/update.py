@@ -13,7 +13,7 @@ from ivon_kernels.training import replicas
 from ivon_kernels.training.checks import NonFiniteGradientError
 from ivon_kernels.training.samples import Samples, check, first_nonfinite
 
-__all__ = ["Scaling", "Update"]
+__all__ = ["UNSCALED", "Scaling", "Update"]
 
 
 class Scaling(NamedTuple):
@@ -21,6 +21,9 @@ class Scaling(NamedTuple):
 
     found_inf: Tensor | None = None
     grad_scale: Tensor | None = None
+
+
+UNSCALED = Scaling()
 
 
 class Update:
@@ -59,7 +62,8 @@ class Update:
                 "step() without a sample: run forward and backward inside 'with optimizer.sampled_params(train=True)', "
                 "or call optimizer.train() before the forward pass"
             )
-        scaling = self._checked(scaling)
+        if scaling.found_inf is not None:
+            self._require_scale(scaling)
         if samples.replicas > 1:
             scaling = self._share(scaling)
         launches = samples.gather()
@@ -77,6 +81,8 @@ class Update:
         The host does not wait for the device, so it may learn of it a step or more later.
         """
         parameters = self.samples.parameters
+        if not parameters.flags:
+            return
         reports = [flags.new_report() for flags in parameters.flags.values()]  # devices may report the same step
         index = next((report for report in reports if report is not None), None)
         if index is not None:
@@ -86,16 +92,12 @@ class Update:
 
     # ---- before it -----------------------------------------------------------------------------------------------
 
-    def _checked(self, scaling: Scaling) -> Scaling:
-        found_inf, grad_scale = scaling
-        if found_inf is None:
-            return Scaling()
-        if grad_scale is None and self.samples.folded:
+    def _require_scale(self, scaling: Scaling) -> None:
+        if scaling.grad_scale is None and self.samples.folded:
             raise RuntimeError(
                 "GradScaler.unscale_ unscales the last MC sample only; with several samples per step call "
                 "scaler.step(optimizer) without unscale_"
             )
-        return scaling
 
     def _share(self, scaling: Scaling) -> Scaling:
         """Add up the samples of all ranks (``sync=True``); where one rank must skip the step, all do.
