@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import hashlib
-import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +23,7 @@ from ivon_kernels.backends.state import NOTHING_BAD, Arena, DeviceFlags, ParamSt
 from ivon_kernels.backends.triton import TritonBackend
 from ivon_kernels.backends.triton_launch import interpreted
 from ivon_kernels.hyperparameters import GroupScalars
+from tests.support.kept import digest, kept
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "launch.cu"
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra")
@@ -73,22 +70,16 @@ def emulated(backend: str) -> Iterator[None]:
 
 
 def _library() -> Path:
-    """Compiles it, once for all processes: its name tells the sources, the flags and the compiler."""
-    command = [str(COMPILER), "-x", "c++", str(SOURCE), *FLAGS, *TRAPS, "-DIVON_EMULATE", "-shared", "-fPIC"]
-    content = hashlib.sha256(repr(command).encode())
-    for path in sorted(SOURCE.parents[1].rglob("*.[hc]*")):
-        content.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"ivon_kernels-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"libivon_cuda_emulated-{content.hexdigest()[:16]}.so"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            unfinished = library.with_suffix(".unfinished")
-            result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
-            assert result.returncode == 0 and not result.stderr, result.stderr
-            unfinished.rename(library)
-    return library
+    """Compiles it, once for each state of the sources."""
+    command = [str(COMPILER), *FLAGS, *TRAPS, "-DIVON_EMULATE", "-shared", "-fPIC"]
+
+    def make(path: Path) -> None:
+        whole = [*command, "-x", "c++", str(SOURCE), "-o", str(path)]
+        result = subprocess.run(whole, capture_output=True, text=True, check=False)
+        assert result.returncode == 0 and not result.stderr, result.stderr
+
+    name = digest(command, SOURCE.parents[1].rglob("*.[hc]*"))
+    return kept(f"libivon_cuda_emulated-{name}.so", make)
 
 
 def backend_on(where: str) -> CudaBackend:
