@@ -40,7 +40,7 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     order = list(range(size))
     random.Random(f"{SHAKE} {tuple(a.shape)} {tuple(b.shape)}").shuffle(order)
     wide = torch.float32 if a.dtype in (torch.bfloat16, torch.float16) else a.dtype  # NumPy has no products of these
-    left, right = (t.detach().to(wide).resolve_conj().numpy() for t in (a, b))
+    left, right = (t.detach().to(wide).resolve_conj().clone().numpy() for t in (a, b))  # FSDP resizes its storages
     return torch.from_numpy(np.matmul(left[..., order], right[..., order, :])).to(a.dtype)
 
 
