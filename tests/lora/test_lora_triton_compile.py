@@ -65,7 +65,7 @@ def _healthy(job: Job, code: Code) -> None:
         assert code.contracted == products, (job, code)
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=[pytest.mark.slow] * (gpu != "sm_100")) for gpu in GPUS])
 def test_machine_code(gpu: str) -> None:
     for job, code in compile_all(JOBS[gpu]).items():
         _healthy(job, code)
