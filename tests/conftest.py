@@ -12,8 +12,8 @@ import torch
 from hypothesis import settings
 
 from ivon_kernels import available_backends
-from ivon_kernels.backends.triton_launch import interpreted
-from tests.support import shake
+from ivon_kernels.backends.triton_launch import installed, interpreted
+from tests.support import fast_interpreter, shake
 from tests.support.cuda_emulator import emulated
 from tests.support.ranks import Ranks
 
@@ -67,6 +67,8 @@ def ranks() -> Iterator[Ranks]:
 def _as_asked() -> None:
     """Before the fixtures of modules, whose results tests compare: a matrix product's rounding depends on it."""
     shake.start()
+    if installed() and interpreted():
+        fast_interpreter.install()
 
 
 @pytest.fixture(autouse=True)

@@ -44,8 +44,8 @@ def available_backends() -> dict[str, str | None]:
 def override(name: str, backend: Backend | None) -> Iterator[None]:
     """Within the block another backend goes by a name: an emulator, a recorder, a backend that is being written.
 
-    It holds for the whole process. An optimizer looks for its backend when it is made, and again when a group is added
-    or its parameters move: all of that belongs inside the block.
+    It holds for the whole process. An optimizer looks for its backend again whenever its launches are built anew, so
+    that all of its life belongs inside the block.
 
     Args:
         name: The name of the backend that is replaced. A new name comes last in the order of choice.

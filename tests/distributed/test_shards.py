@@ -26,7 +26,6 @@ from tests.support.cuda_emulator import (
     DRAW,
     F16,
     F32,
-    GROUP,
     Side,
     assert_same,
     emulator,
@@ -34,6 +33,7 @@ from tests.support.cuda_emulator import (
     laid_out,
     randn,
 )
+from tests.support.kernel_state import GROUP
 
 HERE = available_backends()
 NEEDS_COMPILER = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found, which makes the emulator")

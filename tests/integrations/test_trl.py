@@ -18,7 +18,7 @@ from ivon_kernels import IVON
 from ivon_kernels.integrations.transformers import IVONCallback, ivon_of, use_ivon
 from ivon_kernels.integrations.trl import attach_rollouts
 from ivon_kernels.noise import EVAL_STEP
-from tests.support.helpers import assert_same, sample_of, snapshot
+from tests.support.helpers import assert_same, relative_error, sample_of, snapshot
 from tests.support.tiny_llm import (
     IVON_OPTIONS,
     QUIET,
@@ -127,7 +127,8 @@ def test_sft_accumulates_and_clips(tmp_path: Path) -> None:
         momentum[accumulation, clip] = torch.cat([state["momentum"].flatten() for state in states])
     assert momentum[2, 0.01].norm() == pytest.approx(0.01, rel=1e-3)
     assert momentum[2, 0.0].norm() > 0.02
-    torch.testing.assert_close(momentum[1, 0.0], momentum[2, 0.0], rtol=1e-5, atol=1e-7)
+    # Of 8 rows of a few tokens, behind a dozen sums of at most 32 products: fewer than 500 roundings of 2^-24.
+    assert relative_error(momentum[2, 0.0], momentum[1, 0.0]) < 500 * 2**-24
 
 
 # ---- DPO -------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def test_another_backend_goes_by_the_name_within_the_block() -> None:
     with backends.override("reference", recorder):
         optimizer = IVON(params := parameters(3), backend="reference", seed=1, **OPTIONS)
         assert backends.choose("reference", CPU, torch.float32) is recorder
-    train(optimizer, params, 2, loss=bowl)
+        train(optimizer, params, 2, loss=bowl)
     assert recorder.steps == 2
     assert backends.choose("reference", CPU, torch.float32) is not recorder
 

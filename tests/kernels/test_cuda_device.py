@@ -18,7 +18,6 @@ from tests.support.cuda_emulator import (
     DRAW,
     DTYPES,
     F32,
-    GROUP,
     GROUPS,
     Side,
     assert_same,
@@ -30,6 +29,7 @@ from tests.support.cuda_emulator import (
     randn,
     train,
 )
+from tests.support.kernel_state import GROUP
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler was found, which makes the emulator")
 

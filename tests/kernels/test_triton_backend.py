@@ -12,8 +12,8 @@ from ivon_kernels import noise
 from ivon_kernels.backends import Draw, Guard
 from ivon_kernels.backends.triton import TritonBackend
 from ivon_kernels.backends.triton_launch import Kernel
+from tests.support.kernel_state import GROUP
 from tests.support.triton_tools import (
-    GROUP,
     STATE,
     Place,
     Spec,

@@ -95,7 +95,7 @@ def _not_contracted(gpu: str, found: dict[Job, Code]) -> None:
         assert code.machine_fma == only.machine_fma + code.double_quotients
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=[pytest.mark.slow] * (gpu != "sm_80")) for gpu in GPUS])
 def test_machine_code(gpu: str) -> None:
     found = compile_all(_jobs(gpu))
     for job, code in found.items():
@@ -134,10 +134,9 @@ def _more_jobs(gpu: str) -> list[Job]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpus", [("sm_90",), ("sm_80", "sm_100", "gfx942")])
-def test_variants(gpus: tuple[str, ...]) -> None:
-    jobs = [job for gpu in gpus for job in _more_jobs(gpu)]
-    for job, code in compile_all(jobs).items():
+@pytest.mark.parametrize("gpu", GPUS)
+def test_variants(gpu: str) -> None:
+    for job, code in compile_all(_more_jobs(gpu)).items():
         _healthy(job, code)
 
 

@@ -48,11 +48,13 @@ def test_no_kernel_is_left_out() -> None:
     assert sorted(kernels) == sorted(JOBS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_run_time_arguments_are_not_specialized(name: str) -> None:
     assert found()[name].specialized == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOBS)
 def test_the_code_is_the_same_whatever_the_arguments_are(name: str) -> None:
     codes = found()[name].codes

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ivon_kernels import IVON, available_backends, lora
 from ivon_kernels.lora import op
 from ivon_kernels.posterior import Posterior
-from tests.support.stacked_models import assert_as_good, check, exact, posterior_of, separate, stacked
+from tests.support.stacked_models import ROUNDING, assert_as_good, check, exact, posterior_of, separate, stacked
 from tests.support.tiny_llm import IVON_OPTIONS, lora_llama, weights
 
 # A name that PEFT 0.21 uses and transformers 5.23 deprecates.
@@ -104,7 +104,7 @@ def test_a_number_of_samples_counts_from_0(llama: PeftModel, posterior: Posterio
     with lora.stack(llama, posterior, 3) as stack, torch.no_grad():
         assert stack.samples == (0, 1, 2) and stack.fused == 2
         found = stack.split(logits(llama, stack.repeat(IDS)))
-    torch.testing.assert_close(found, separate(llama, posterior, (0, 1, 2), logits, IDS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, separate(llama, posterior, (0, 1, 2), logits, IDS), rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("other", ["tempered", "pruned"])
@@ -211,7 +211,7 @@ def test_other_forwards_come_back() -> None:
     vars(layer)["forward"] = hooked
     apart = separate(model, posterior, SAMPLES, logits, IDS)
     found = stacked(model, posterior, SAMPLES, logits, IDS)
-    torch.testing.assert_close(found, apart, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, apart, rtol=0, atol=ROUNDING)
     assert layer.forward is hooked
 
 

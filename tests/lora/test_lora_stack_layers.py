@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ivon_kernels import lora
 from ivon_kernels.posterior import Posterior
-from tests.support.stacked_models import assert_as_good, check, exact, posterior_of, separate, stacked
+from tests.support.stacked_models import ROUNDING, assert_as_good, check, exact, posterior_of, separate, stacked
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -178,7 +178,7 @@ def test_inference_mode(build: Callable[[], nn.Module]) -> None:
     with lora.stack(model, posterior, 2) as other, torch.inference_mode():
         again = other.split(run(model, other.repeat(ROWS)))
     for found in (inside, outside, again):
-        torch.testing.assert_close(found.clone(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.clone(), expected, rtol=0, atol=ROUNDING)
 
 
 def test_scaling_of_zero() -> None:
@@ -217,7 +217,7 @@ def test_another_active_adapter() -> None:
     with torch.no_grad():
         expected = run(model, ROWS)
     found = stacked(model, posterior, SAMPLES, run, ROWS, adapter="default")
-    torch.testing.assert_close(found, expected.expand(3, *expected.shape), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected.expand(3, *expected.shape), rtol=0, atol=ROUNDING)
 
 
 def test_hooks_on_the_matrices_run() -> None:
@@ -240,7 +240,7 @@ def test_disabled_adapters() -> None:
         with model.disable_adapter():
             found = stack.split(run(model, stack.repeat(ROWS)))
         again = stack.split(run(model, stack.repeat(ROWS)))
-    torch.testing.assert_close(found, base.expand(2, *base.shape), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, base.expand(2, *base.shape), rtol=0, atol=ROUNDING)
     assert not torch.allclose(again, found, rtol=0.01, atol=0.01)
 
 
@@ -258,7 +258,7 @@ def test_dropout_masks_of_their_own() -> None:
         low_rank = dropped[k] @ a.T @ b.T * layer.scaling["default"]
         with torch.no_grad():
             expected = layer.base_layer(ROWS) + low_rank
-        torch.testing.assert_close(found[k], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[k], expected, rtol=0, atol=ROUNDING)
 
 
 def test_input_by_keyword() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.support.lora_code import THREADS, Code, Job, compile_all
 from tests.support.triton_code import GPUS
+from tests.support.triton_lora_code import THREADS, Code, Job, compile_all
 
 F32, BF16 = "float32", "bfloat16"
 # Of the usual types: a model in bfloat16 has adapters in bfloat16 or, which is PEFT's default, in float32.
@@ -65,7 +65,7 @@ def _healthy(job: Job, code: Code) -> None:
         assert code.contracted == products, (job, code)
 
 
-@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=[pytest.mark.slow] * (gpu != "sm_100")) for gpu in GPUS])
 def test_machine_code(gpu: str) -> None:
     for job, code in compile_all(JOBS[gpu]).items():
         _healthy(job, code)

@@ -369,11 +369,12 @@ torch.save({"draw": posterior.draw(3), "found": found}, folder + "/elsewhere.pt"
 """
 
 
+@pytest.mark.slow
 def test_another_process_with_other_threads_predicts_the_same(llm: Trained, tmp_path: Path) -> None:
     llm.model.save_pretrained(tmp_path)
     llm.posterior.save(tmp_path)
     command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, str(tmp_path)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=120)
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=600)
     elsewhere = torch.load(tmp_path / "elsewhere.pt", weights_only=True)
     assert same(elsewhere["draw"], llm.posterior.draw(3))
     expected = predict(llm.posterior, llm.model, ids_of(tokens(3, 5)), samples=4, score=SCORE).probabilities
@@ -381,4 +382,4 @@ def test_another_process_with_other_threads_predicts_the_same(llm: Trained, tmp_
         torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path)
     here = predict(Posterior.load(tmp_path), loaded, ids_of(tokens(3, 5)), samples=4, score=SCORE)
-    assert torch.equal(here.probabilities, expected)  # one thread, one machine: the same bits
+    assert torch.equal(here.probabilities, expected)  # the same call: the same bits

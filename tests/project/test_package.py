@@ -93,6 +93,7 @@ def _python(site: Path, code: str) -> str:
     return _run(sys.executable, "-I", "-c", PREFER_WHEEL + code, site, cwd=site)
 
 
+@pytest.mark.slow
 def test_wheel_serves_every_python_and_holds_the_package_only(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     assert "-py3-none-" in wheel.name
@@ -106,6 +107,7 @@ def test_wheel_serves_every_python_and_holds_the_package_only(built: Path) -> No
     }
 
 
+@pytest.mark.slow
 def test_installed_wheel_has_the_cpu_backend(built: Path) -> None:
     backends, library = json.loads(_python(built / "site", BACKENDS))
     assert backends["cpu"] is None
@@ -125,6 +127,7 @@ def test_this_installation_has_a_cuda_library_where_there_is_an_nvcc() -> None:
         assert available_backends()["cuda"] == reason
 
 
+@pytest.mark.slow
 def test_install_without_a_compiler_succeeds_and_says_what_is_missing(built_without_compiler: Path) -> None:
     (wheel,) = built_without_compiler.glob("*.whl")
     assert not any(LIBRARY.fullmatch(name) for name in zipfile.ZipFile(wheel).namelist())
@@ -147,6 +150,7 @@ def _library(built: Path, name: str) -> Path:
     return built / "site" / "ivon_kernels" / "_native" / f"libivon_{name}.so"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu", "host"])
 def test_library_exports_the_c_abi_only(built: Path, name: str) -> None:
     symbols = _run(_binutils("nm"), "--dynamic", "--defined-only", "--format=posix", _library(built, name)).splitlines()
@@ -155,6 +159,7 @@ def test_library_exports_the_c_abi_only(built: Path, name: str) -> None:
     assert [symbol for symbol in names if not symbol.startswith(f"ivon_{name}_")] == []
 
 
+@pytest.mark.slow
 def test_no_function_is_shared_between_simd_levels(built: Path) -> None:
     """The linker keeps one copy of a function that several objects hold, compiled for any of the levels.
 
@@ -172,6 +177,7 @@ def test_no_function_is_shared_between_simd_levels(built: Path) -> None:
     assert [name for name, count in holders.items() if count > 1] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu", "host"])
 def test_library_needs_neither_torch_nor_python(built: Path, name: str) -> None:
     """The host library takes CPython's functions from the interpreter that loads it."""

@@ -1,4 +1,4 @@
-"""What README.md says of other files is so."""
+"""What README.md and the documents say of other files is so."""
 
 from __future__ import annotations
 
@@ -44,6 +44,12 @@ def test_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)\s#]+)", document.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_file_of_tests_stands_in_the_table_of_promises() -> None:
+    named = re.findall(r"`(tests/\w+/test_\w+\.py)`", (ROOT / "docs" / "testing.md").read_text(encoding="utf-8"))
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert set(named) == {name for name in files if not name.startswith("tests/benchmarks/")}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[2]
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+pytestmark = pytest.mark.slow
 
 
 def examples() -> dict[str, str]:

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import hashlib
-import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +15,14 @@ import torch
 from torch import Tensor
 
 from ivon_kernels import backends
-from ivon_kernels.backends import Launch
 from ivon_kernels.backends.base import Draw
 from ivon_kernels.backends.cuda import CudaBackend
 from ivon_kernels.backends.reference import ReferenceBackend
-from ivon_kernels.backends.state import NOTHING_BAD, Arena, DeviceFlags, ParamState
+from ivon_kernels.backends.state import NOTHING_BAD
 from ivon_kernels.backends.triton import TritonBackend
 from ivon_kernels.backends.triton_launch import interpreted
-from ivon_kernels.hyperparameters import GroupScalars
+from tests.support.kept import digest, kept
+from tests.support.kernel_state import GROUP, KernelState
 
 SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "launch.cu"
 FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra")
@@ -36,18 +32,6 @@ COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, BF16, F16)
-GROUP = {
-    "lr": 0.1,
-    "ess": 50.0,
-    "hess_init": 0.5,
-    "beta1": 0.9,
-    "beta2": 0.99,
-    "weight_decay": 0.01,
-    "hess_approx": "price",
-    "clip_radius": float("inf"),
-    "debias": True,
-    "rescale_lr": True,
-}
 GROUPS = (GROUP, {**GROUP, "lr": 0.03, "beta1": 0.5, "clip_radius": 0.02}, {**GROUP, "ess": 3.0, "debias": False})
 DRAW = Draw(seed=2**64 - 3, sample=0, replica=3)
 
@@ -73,22 +57,16 @@ def emulated(backend: str) -> Iterator[None]:
 
 
 def _library() -> Path:
-    """Compiles it, once for all processes: its name tells the sources, the flags and the compiler."""
-    command = [str(COMPILER), "-x", "c++", str(SOURCE), *FLAGS, *TRAPS, "-DIVON_EMULATE", "-shared", "-fPIC"]
-    content = hashlib.sha256(repr(command).encode())
-    for path in sorted(SOURCE.parents[1].rglob("*.[hc]*")):
-        content.update(path.read_bytes())
-    folder = Path(tempfile.gettempdir()) / f"ivon_kernels-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"libivon_cuda_emulated-{content.hexdigest()[:16]}.so"
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not library.exists():
-            unfinished = library.with_suffix(".unfinished")
-            result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
-            assert result.returncode == 0 and not result.stderr, result.stderr
-            unfinished.rename(library)
-    return library
+    """Compiles it, once for each state of the sources."""
+    command = [str(COMPILER), *FLAGS, *TRAPS, "-DIVON_EMULATE", "-shared", "-fPIC"]
+
+    def make(path: Path) -> None:
+        whole = [*command, "-x", "c++", str(SOURCE), "-o", str(path)]
+        result = subprocess.run(whole, capture_output=True, text=True, check=False)
+        assert result.returncode == 0 and not result.stderr, result.stderr
+
+    name = digest(command, SOURCE.parents[1].rglob("*.[hc]*"))
+    return kept(f"libivon_cuda_emulated-{name}.so", make)
 
 
 def backend_on(where: str) -> CudaBackend:
@@ -135,7 +113,7 @@ def device_of(backend: Any) -> torch.device:
     return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
 
 
-class Side:
+class Side(KernelState):
     """Parameters with state and everything that an optimizer keeps around them, in some known middle of training."""
 
     def __init__(
@@ -147,28 +125,21 @@ class Side:
         steps: int = 2,
         arenas: int = 1,
     ) -> None:
+        count = len(weights)
+        super().__init__(
+            backend,
+            [moved(w, device_of(backend)) for w in weights],
+            groups,
+            group_of=[i % len(groups) for i in range(count)],
+            indices=range(count) if indices is None else indices,
+            arenas=arenas,
+        )
         generator = torch.Generator().manual_seed(1)
-        self.backend, self.groups = backend, list(groups)
-        self.device = device_of(backend)
-        self.params = [moved(w, self.device) for w in weights]
-        self.flags = DeviceFlags(self.device)
-        self.rows = GroupScalars()
-        self.rows.update(self.groups)
-        slots: list[ParamState] = []
-        for number in range(arenas):
-            mine = range(number, len(weights), arenas)
-            arena = Arena([weights[i].numel() for i in mine], self.device, torch.float32, flags=self.flags)
-            arena.clear_sums()
-            for flat in (arena.mean, arena.momentum, arena.hess, *(arena.grad_sum, arena.second_sum)):
-                assert flat is not None
+        for arena in self.arenas:
+            for flat in (arena.mean, arena.momentum, arena.hess, *arena.clear_sums()):
                 flat.fill_(7.0)  # the padding must stay as it is
-            for position, i in enumerate(mine):
-                index = i if indices is None else indices[i]
-                slot = ParamState(self.params[i], str(i), index, i % len(groups), arena, position)
-                arena.steps[position] = steps + position % 3
-                slots.append(slot)
-        self.slots = sorted(slots, key=lambda slot: int(slot.name))
         for slot, w in zip(self.slots, weights, strict=True):
+            slot.arena.steps[slot.position] = steps + slot.position % 3
             slot.summed = True
             slot.mean.copy_(w.float())
             slot.momentum.copy_(torch.randn(w.shape, generator=generator) * 0.1)
@@ -176,13 +147,9 @@ class Side:
             for total in slot.sums or ():
                 total.zero_()
             slot.summed = False
-        self.list = Launch(backend, self.slots, self.rows)
 
     def set_grads(self, grads: Sequence[Tensor | None]) -> None:
-        for slot, grad in zip(self.slots, grads, strict=True):
-            slot.grad = None if grad is None else moved(grad, self.device)
-        if self.list.addresses is not None:
-            self.list.addresses.set_grads([slot.grad for slot in self.slots])
+        super().set_grads([None if grad is None else moved(grad, self.device) for grad in grads])
 
     def set_summed(self, summed: Sequence[bool]) -> None:
         for slot, flag in zip(self.slots, summed, strict=True):
@@ -191,10 +158,9 @@ class Side:
 
     def everything(self) -> list[Tensor]:
         """All that an operation may write, the padding between tensors included."""
-        arenas = {id(slot.arena): slot.arena for slot in self.slots}.values()
-        flats = [[a.mean, a.momentum, a.hess, a.grad_sum, a.second_sum] for a in arenas]
+        flats = [[a.mean, a.momentum, a.hess, a.grad_sum, a.second_sum] for a in self.arenas]
         numbers = [flat for part in flats for flat in part if flat is not None]
-        return [t.cpu() for t in (*self.params, *numbers, *(arena.steps for arena in arenas))]
+        return [t.cpu() for t in (*self.params, *numbers, *(arena.steps for arena in self.arenas))]
 
 
 def assert_same(reference: Side, device: Side) -> None:

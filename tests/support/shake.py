@@ -40,8 +40,10 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     order = list(range(size))
     random.Random(f"{SHAKE} {tuple(a.shape)} {tuple(b.shape)}").shuffle(order)
     wide = torch.float32 if a.dtype in (torch.bfloat16, torch.float16) else a.dtype  # NumPy has no products of these
-    left, right = (t.detach().to(wide).resolve_conj().numpy() for t in (a, b))
-    return torch.from_numpy(np.matmul(left[..., order], right[..., order, :])).to(a.dtype)
+    left, right = (t.detach().to(wide).resolve_conj().clone().numpy() for t in (a, b))  # FSDP resizes its storages
+    with np.errstate(all="ignore"):  # inf and NaN are what they are
+        product = np.matmul(left[..., order], right[..., order, :])
+    return torch.from_numpy(product).to(a.dtype)
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

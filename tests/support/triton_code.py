@@ -6,6 +6,7 @@ interpreter when it is imported, and the process of the tests may have chosen th
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.support.kept import digest, kept
 
 BLOCK = 1024
 AWKWARD_BLOCK = 512
@@ -215,20 +218,31 @@ def compile_job(job: Job) -> Code:
 
 
 def in_process(module: str, jobs: Sequence[Any]) -> list[Any]:
-    """What a module prints for the jobs (JSON), in a process of its own, with a cache of its own."""
+    """What a module of this folder prints for the jobs (JSON), in a process of its own, with a cache of its own.
+
+    It is kept: the process runs again when the jobs, Triton or a file with ``triton`` in its name is another.
+    """
+    import triton
+
+    root = Path(__file__).parents[2]
+    sources = [*(root / "ivon_kernels").rglob("*triton*.py"), *(root / "tests" / "support").glob("*triton*.py")]
+    name = digest((jobs, triton.__version__), sources)
+    found: list[Any] = json.loads(kept(f"{module}-{name}.json", functools.partial(_run, module, jobs)).read_text())
+    return found
+
+
+def _run(module: str, jobs: Sequence[Any], path: Path) -> None:
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache}
         result = subprocess.run(
             [sys.executable, "-m", f"tests.support.{module}"],
             input=json.dumps(jobs),
-            env=environment,
+            env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache},
             cwd=Path(__file__).parents[2],
             capture_output=True,
             text=True,
         )
     assert result.returncode == 0, result.stderr
-    found: list[Any] = json.loads(result.stdout)
-    return found
+    path.write_text(result.stdout)
 
 
 def compile_all(jobs: Sequence[Job]) -> dict[Job, Code]:

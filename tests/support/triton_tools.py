@@ -13,28 +13,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import torch
 from torch import Tensor
 
-from ivon_kernels.backends import Backend, Draw, Guard, Launch
+from ivon_kernels.backends import Backend, Draw, Guard
 from ivon_kernels.backends.reference import ReferenceBackend
-from ivon_kernels.backends.state import Arena, DeviceFlags, ParamState
 from ivon_kernels.backends.triton import TritonBackend
-from ivon_kernels.hyperparameters import GroupScalars
+from tests.support.kernel_state import GROUP, KernelState
 
-GROUP: dict[str, Any] = {
-    "lr": 0.1,
-    "ess": 100.0,
-    "hess_init": 0.5,
-    "beta1": 0.9,
-    "beta2": 0.99,
-    "weight_decay": 0.01,
-    "hess_approx": "price",
-    "clip_radius": float("inf"),
-    "debias": True,
-    "rescale_lr": True,
-    "mc_samples": 1,
-    "sync": False,
-    "seed": 1,
-    "capturable": False,
-}
 STATE = ("mean", "momentum", "hess")
 
 Place = Callable[[Tensor], Tensor]
@@ -71,26 +54,19 @@ class Spec:
     index: int = 0
 
 
-class Side:
+class Side(KernelState):
     """Parameters and state of one backend."""
 
     def __init__(self, backend: Backend, specs: Sequence[Spec], groups: Sequence[dict[str, Any]], arenas: int) -> None:
-        self.backend, self.groups = backend, groups
-        self.params = [spec.place(_normal(spec.shape, 10 + i).to(spec.dtype)) for i, spec in enumerate(specs)]
-        device = torch.device("cpu")
-        of = [list(range(len(specs)))[start::arenas] for start in range(arenas)]
-        numels = [param.numel() for param in self.params]
-        self.flags = DeviceFlags(device)
-        self.arenas = [Arena([numels[i] for i in part], device, torch.float32, flags=self.flags) for part in of]
-        slots: dict[int, ParamState] = {}
-        for part, arena in zip(of, self.arenas, strict=True):
-            for position, i in enumerate(part):
-                spec = specs[i]
-                index = spec.index or 3 * i
-                slots[i] = ParamState(self.params[i].requires_grad_(), f"p{i}", index, spec.group, arena, position)
-        self.rows = GroupScalars()
-        self.slots = [slots[i] for i in range(len(specs))]
-        self.list = Launch(backend, self.slots, self.rows)
+        params = [spec.place(_normal(spec.shape, 10 + i).to(spec.dtype)) for i, spec in enumerate(specs)]
+        super().__init__(
+            backend,
+            [param.requires_grad_() for param in params],
+            groups,
+            group_of=[spec.group for spec in specs],
+            indices=[spec.index or 3 * i for i, spec in enumerate(specs)],
+            arenas=arenas,
+        )
         for i, slot in enumerate(self.slots):
             slot.mean.copy_(slot.param.detach())
             if slot.param.dtype != torch.float32:  # bits that the weights do not hold
@@ -98,12 +74,6 @@ class Side:
             slot.momentum.copy_(0.1 * _normal(slot.mean.shape, 50 + i))
             slot.hess.copy_(0.5 + 0.1 * _normal(slot.mean.shape, 90 + i).abs())
             slot.arena.steps[slot.position] = i
-
-    def set_grads(self, grads: Sequence[Tensor | None]) -> None:
-        for slot, grad in zip(self.slots, grads, strict=True):
-            slot.grad = grad
-        if self.list.addresses is not None:
-            self.list.addresses.set_grads(grads)
 
     def state(self) -> list[Tensor]:
         parts = [getattr(slot, key) for slot in self.slots for key in STATE]

@@ -117,7 +117,7 @@ def _amd_accesses(gcn: str) -> tuple[int, int, int]:
 
 def compile_all(jobs: Sequence[Job]) -> dict[Job, Code]:
     """Compile in a process of its own."""
-    return dict(zip(jobs, (Code(*values) for values in in_process("lora_code", jobs)), strict=True))
+    return dict(zip(jobs, (Code(*values) for values in in_process("triton_lora_code", jobs)), strict=True))
 
 
 def _main() -> None:
