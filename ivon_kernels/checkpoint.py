@@ -23,6 +23,7 @@ def is_ivon_opt(state_dict: dict[str, Any]) -> bool:
 
 def _converged_step(beta1: float) -> int:
     """The smallest step count at which the bias correction is 1 in float32."""
+    # beta1^t <= 2^-25 is half a unit in the last place of 1.0: 1 - beta1^t rounds to 1.
     return 0 if beta1 == 0 else math.ceil(math.log(2.0**-25) / math.log(beta1))
 
 
@@ -92,6 +93,7 @@ def check(state_dict: dict[str, Any], param_groups: list[dict[str, Any]], names:
             f"{[len(group['params']) for group in param_groups]}"
         )
     for saved, own in zip(saved_groups, param_groups, strict=True):
+        # "param_names" comes and goes with named parameters; "capturable" is how an optimizer runs, not what it knows.
         missing = [key for key in own if key not in saved and key not in ("params", "param_names", "capturable")]
         if missing:
             raise ValueError(f"the state dict's parameter groups lack {missing}: it was saved by another optimizer")

@@ -189,7 +189,7 @@ class GroupScalars:
         """The scalars of a parameter's update that follows `step` finished ones."""
         found = self._resolved.get((group, step))
         if found is None:
-            if len(self._resolved) > 1000:  # one entry a step
+            if len(self._resolved) > 1000:  # one entry a step, for ever
                 self._resolved.clear()
             found = self._scalars[group]._replace(inv_debias=inv_debias(self._groups[group], step))
             self._resolved[group, step] = found

@@ -508,6 +508,7 @@ class IVON(Optimizer):
             if close := difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.75):
                 raise ValueError(f"a parameter group has {key!r}, which IVON does not know: did you mean {close[0]!r}?")
         super().add_param_group(param_group)
+        # Here and not in __init__: torch's constructor makes the groups and calls this for each of them.
         self._parameters.bind(self.param_groups, self.state, self.defaults)
         try:
             self._parameters.check_last_group()
@@ -558,7 +559,7 @@ class IVON(Optimizer):
         """Take over the state dict as it was before torch cast it, and put its mean into the weights."""
         parameters, samples = self._parameters, self._samples
         saved = checkpoint.by_parameter(loaded, self.param_groups)
-        samples.discard()
+        samples.discard()  # a sample must not be left for the mean of parameters that the state dict says nothing of
         samples.note_seed(samples.seed_given or self.seed != self.defaults["seed"])
         for group in self.param_groups:
             # How the optimizer runs is not what it has learned: it stays as it was built.

@@ -26,6 +26,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def as_dtensor(tensor: Tensor) -> DTensor | None:
     """The tensor if it is a DTensor. Imports nothing for others."""
+    # A process without DTensors should not pay for importing torch.distributed.tensor.
     if type(tensor) in _PLAIN or not hasattr(tensor, "to_local"):
         return None
     from torch.distributed.tensor import DTensor
@@ -53,8 +54,10 @@ def local_grad(grad: Tensor, param: DTensor) -> Tensor:
     distributed: DTensor | None = grad if type(grad) is type(param) else as_dtensor(grad)
     if distributed is None:
         return grad
+    # Where a gradient has its parameter's own spec, comparing identity spares comparing placements for every parameter.
+    # Under tensor parallelism a gradient may be Partial and has to be reduced first.
     if distributed._spec is not param._spec and distributed.placements != param.placements:
-        with torch.no_grad():  # Partial, under tensor parallelism
+        with torch.no_grad():
             distributed = distributed.redistribute(placements=param.placements)
     return local(distributed)
 
@@ -73,7 +76,7 @@ def shard_of(param: DTensor, name: str) -> Shard | None:
     for d in range(len(whole) - 1, 0, -1):
         strides[d - 1] = strides[d] * whole[d]
     start = sum(o * stride for o, stride in zip(offset, strides, strict=True))
-    if 0 in shape:
+    if 0 in shape:  # a rank without elements: uneven shards leave some out
         return Shard(0, 1, 1)
     last = max(d for d in range(len(whole)) if shape[d] != whole[d])
     outer = next((d for d in range(last) if shape[d] != 1), last)
@@ -116,6 +119,8 @@ def like(shard: Tensor, param: DTensor) -> DTensor:
     """A local tensor as a DTensor in the placement of a parameter; they share memory."""
     from torch.distributed.tensor import DTensor
 
+    # run_check compares the ranks' shapes by communication; shape and stride have to be given, because those worked out
+    # from one rank's shard are wrong where shards are uneven.
     return DTensor.from_local(
         shard, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
     )
@@ -149,6 +154,8 @@ def fsdp_modules(params: Iterable[Tensor]) -> list[Any]:
     wanted = {id(param) for param in params if as_dtensor(param) is not None}
     if not wanted:
         return []
+    # FSDP2 has no public way from a sharded parameter to the module that gathers it. Where these private places are
+    # gone, all but the root still gather at each forward pass.
     try:
         states = importlib.import_module("torch.distributed._composable_state")._module_state_mapping
         from torch.distributed.fsdp import FSDPModule

@@ -66,7 +66,7 @@ class _Objects(ctypes.Structure):
 
 
 def _bind(path: str) -> ctypes.PyDLL:
-    library = ctypes.PyDLL(path)
+    library = ctypes.PyDLL(path)  # keeps the GIL, which the C code needs to look at Python's objects
     if library.ivon_host_abi() != _ABI:
         raise OSError(f"{path} has ABI {library.ivon_host_abi()}, this package needs {_ABI}: reinstall ivon_kernels")
     library.ivon_host_init.argtypes, library.ivon_host_init.restype = [ctypes.POINTER(_Objects)], ctypes.c_char_p
@@ -225,6 +225,7 @@ class Addresses:
         self._grad_strides: list[tuple[int, ...]] = []
         self._layouts_of: _Seen | None = None
         self._kept: list[Tensor] = []  # copies that `grads` point to
+        # C reads attributes past the type: a subclass with a `grad` of its own is left to Python.
         self._library = _load()[0] if use_c and all(map(_has_plain_attributes, set(map(type, params)))) else None
         self._objects = _addresses(self._tensors)
         self.record()

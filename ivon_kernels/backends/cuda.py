@@ -274,7 +274,7 @@ class CudaBackend(DeviceBackend):
                 launch.scalars.address,
             )
             code = function(part.address)
-            if code:
+            if code:  # of the launch itself; what a kernel does wrong shows at the next synchronization
                 self._fail(operation, plan.device, code)
 
     def _plan(self, launch: Launch) -> _Plan:

@@ -42,6 +42,7 @@ class DeviceFlags:
     def __init__(self, device: torch.device) -> None:
         self.block = torch.zeros(BLOCK_SIZE, dtype=torch.int64, device=device)
         self.block[BAD] = NOTHING_BAD
+        # Pinned memory has one address for host and device, so a kernel can write to it without a copy or a wait.
         self.mailbox = torch.zeros(2, dtype=torch.int64, pin_memory=device.type != "cpu")
         self._letters = (ctypes.c_int64 * 2).from_address(self.mailbox.data_ptr())  # read without a tensor operation
         self.seen = 0
@@ -99,6 +100,7 @@ class Arena:
         self.mean = torch.zeros(total, device=device, dtype=dtype)
         self.hess = torch.zeros_like(self.mean)
         self.momentum = torch.zeros_like(self.mean) if trained else self.hess
+        # On the device: a step that it skips must not count, and the host does not wait to learn of it.
         self.steps = torch.zeros(len(sizes), device=device, dtype=torch.int64)
         self.flags = flags
         self.noise = torch.empty(total, device=device, dtype=torch.float32) if keep_noise else None
@@ -247,6 +249,7 @@ class ParamState:
     def adopt_edits(self) -> None:
         """Take weights that were edited from outside (while they held the mean) over as the new mean."""
         weights = self.param.detach()
+        # Compared in the weights' dtype: a bfloat16 weight is not edited because the mean has more bits.
         edited = self.mean.to(weights.dtype) != weights
         if bool(edited.any()):
             torch.where(edited, weights.to(self.mean.dtype), self.mean, out=self.mean)

@@ -44,6 +44,7 @@ def check_parameter(param: Tensor, name: str) -> None:
     if (dtensor := sharding.as_dtensor(param)) is not None:
         sharding.shard_of(dtensor, name)
         param = sharding.local(dtensor)
+    # Kernels write each element once, so elements that share memory would get one of several samples.
     if any(stride == 0 and size > 1 for stride, size in zip(param.stride(), param.shape, strict=True)):
         raise ValueError(f"{name} has elements that share memory (an expanded tensor); give IVON a clone of it")
 

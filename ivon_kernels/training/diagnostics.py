@@ -30,6 +30,7 @@ def summarize(group: dict[str, Any], states: list[ParamState]) -> dict[str, Any]
     if not states:
         return {"elements": 0, "steps": 0}
     mean, momentum, hess = (_flat(states, key) for key in ("mean", "momentum", "hess"))
+    # Of the last update: the momentum that is there now went into that one.
     scalars = [step_scalars(group, max(state.step - 1, 0)) for state in states]
     inv_debias = torch.cat(
         [mean.new_full((s.param.numel(),), k.inv_debias) for s, k in zip(states, scalars, strict=True)]

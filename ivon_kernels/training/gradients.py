@@ -24,7 +24,7 @@ def closed_gradients(states: Iterable[ParamState]) -> Closed:
 
 def take_gradients(states: Iterable[ParamState], closed: Closed) -> None:
     """Give each state the gradient of the last sample, or None."""
-    strided, double = torch.strided, torch.float64
+    strided, double = torch.strided, torch.float64  # looked up once: this runs for every parameter of every sample
     for state in states:
         grad = state.grad_now()
         if grad is None and state in closed:

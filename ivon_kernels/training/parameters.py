@@ -217,7 +217,7 @@ class Parameters:
                     self._state[param] = state.state()
         self.ordered = sorted(self.states.values(), key=lambda state: state.index)
         self._stateless = [place for place in self._places() if place[0] not in self.states]
-        self._lists = [group["params"] for group in self.groups]
+        self._lists = [group["params"] for group in self.groups]  # the lists themselves, compared by identity
         self._stale = True
 
     def _arena(self, device: torch.device, dtype: torch.dtype, params: list[Tensor]) -> Arena:
@@ -305,6 +305,7 @@ class Parameters:
             if state is not None and state.parameter is param:
                 self.states[param] = state
             elif state is not None:
+                # Accelerate puts a sharded parameter where the whole one was: what was learned goes by position.
                 self._state.pop(state.parameter, None)
                 if state.step and state.parameter.shape == param.shape:  # else it starts from the parameter as it is
                     saved[param] = state.state()
@@ -340,6 +341,7 @@ class Parameters:
             if (state.param.device, state_dtype(state.param.dtype)) != (state.mean.device, state.mean.dtype)
         ]
         if elsewhere:
+            # Read before the states are replaced: both are views of the old arenas.
             sums = {state.index: state.sums for state in elsewhere if state.sums is not None}
             saved = {state.parameter: state.state() for state in elsewhere}
             self._place([(state.parameter, state.group, state.index) for state in elsewhere], saved)

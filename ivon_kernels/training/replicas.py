@@ -110,6 +110,7 @@ def _share_arena(arena: Arena, states: list[ParamState], samples: int, bad: bool
     tail = [0.0] * arena.tail.numel()
     for state in states:
         tail[state.position] = float(state.summed)
+    # The tail travels with the sums in the arena's dtype: small whole numbers, which float32 adds exactly.
     tail[-4:] = [float(samples), float(bad), 0.0, 0.0]
     if rank in (0, size - 1):
         checksum = float(grad_sum.sum(dtype=torch.float64).float())

@@ -321,6 +321,7 @@ class Samples:
             return
         refuse_zeroed(self._closed)
         parameters = self.parameters
+        # A parameter may join at a later sample, in an arena whose sums others use already: those must not be cleared.
         in_use = {state.arena for state in parameters.ordered if state.summed}
         for arena in {state.arena for state in parameters.active.states} - in_use:
             arena.clear_sums()
@@ -337,7 +338,7 @@ class Samples:
         for launch in launches:
             launch.mark_summed(True)
             launch.backend.accumulate(launch, self.draw)
-        self._clear_gradients(states)
+        self._clear_gradients(states)  # or backward would add the next sample's gradient to this one's
         self._drop_gradients()
         self._closed = {}
         self.folded = self.count

@@ -105,7 +105,7 @@ class Update:
         The sums are free of `grad_scale` then: GradScalers that see different gradients have different scales.
         """
         samples, (found_inf, grad_scale) = self.samples, scaling
-        samples.fold()
+        samples.fold()  # only sums can be added up: gradients of ranks with noise of their own are not comparable
         if grad_scale is not None:
             scale = float(grad_scale)
             for state in samples.parameters.active.states:
@@ -145,6 +145,7 @@ class Update:
             self._skip(keep_sample=draw_next)
             return
         samples = self.samples
+        # Dividing by the scale is part of the kernel's scalars: the gradients themselves stay as backward left them.
         amp_scale = 1.0 if grad_scale is None else float(grad_scale)
         parameters = samples.parameters
         parameters.scalars.update(parameters.groups, amp_scale, samples.of_all_ranks or samples.count)
@@ -160,6 +161,7 @@ class Update:
             return None
         bad = first_nonfinite(launches)
         bad = samples.bad or bad
+        # A rank that skips alone would leave its shards a step behind the others'.
         if self._shards_decide:
             device = samples.parameters.active.states[0].mean.device
             if replicas.any_rank(bad is not None, device):
@@ -195,6 +197,7 @@ class Update:
             self._share_findings(devices)
         for number, launch in enumerate(launches):
             assert isinstance(launch.backend, DeviceBackend)
+            # The final launch on a device forgets what the checks found: earlier ones must not, as they share it.
             final = devices[number] not in devices[number + 1 :]
             guard = Guard(_on(devices[number], found_inf), _on(devices[number], grad_scale), report, final)
             launch.backend.step(launch, draw, adopt, draw_next, guard)
@@ -212,6 +215,7 @@ class Update:
     def _finish(self, launches: list[Launch], draw_next: bool) -> None:
         """Restore what was sampled and has no gradient, and settle what the weights hold."""
         active = self.samples.parameters.active
+        # The kernel has written the mean of what it stepped; what had no gradient still holds its sample.
         if self.samples.weights.held is not None and not draw_next and launches is not active.launches:
             stepped = {state for launch in launches for state in launch.states}
             for launch in active.part([state for state in active.states if state not in stepped]):

@@ -17,6 +17,7 @@ def forward_public_names(cls: type, wrapped: type) -> None:
         cls: A new subclass of `wrapped`.
         wrapped: The optimizer's class. Its public names are forwarded, except those that the wrapper defines.
     """
+    # Classes between the new one and ours are the wrapper's own: what they define goes on meaning the wrapper.
     before = cls.__mro__[1 : cls.__mro__.index(wrapped)]
     own = {name for base in before if not issubclass(base, wrapped) for name in vars(base)}
     if not isinstance(next((vars(base)["optimizer"] for base in before if "optimizer" in vars(base)), None), property):
