@@ -97,7 +97,9 @@ def test_samples_are_those_of_the_optimizer() -> None:
 
 def test_numbers_of_samples_in_any_order(llama: PeftModel, posterior: Posterior) -> None:
     found = check(llama, posterior, logits, IDS, (65535, 2, 2))
-    assert torch.equal(found[1], found[2]) and not torch.equal(found[0], found[1])
+    # Not bit for bit: where a row is in a product may decide how it is rounded.
+    torch.testing.assert_close(found[1], found[2], rtol=0, atol=ROUNDING)
+    assert not torch.allclose(found[0], found[1], rtol=0.01, atol=0.01)
 
 
 def test_a_number_of_samples_counts_from_0(llama: PeftModel, posterior: Posterior) -> None:
