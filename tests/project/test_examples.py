@@ -1,4 +1,4 @@
-"""Every script in benchmarks/examples runs, offline and on the CPU, says what it should, and fits on a page."""
+"""Every script in examples runs, offline and on the CPU, says what it should, and fits on a page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "benchmarks" / "examples"
+EXAMPLES = ROOT / "examples"
 
 # The script, what its last line is, and which share of the first number in it the second has to reach (at least) or to
 # fall to (at most); None: the numbers do not matter.

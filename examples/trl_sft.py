@@ -1,6 +1,6 @@
 """Supervised finetuning by TRL's SFTTrainer, which adds the LoRA adapter itself; then prediction by 10 samples.
 
-python benchmarks/examples/trl_sft.py
+python examples/trl_sft.py
 """
 
 import tempfile

@@ -1,6 +1,6 @@
 """LoRA finetuning by Hugging Face's Trainer: AdamW's script plus the line with use_ivon. Prints how the loss fell.
 
-python benchmarks/examples/transformers_trainer.py
+python examples/transformers_trainer.py
 """
 
 import tempfile

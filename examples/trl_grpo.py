@@ -1,6 +1,6 @@
 """Reinforcement learning by TRL's GRPOTrainer: rollouts under a posterior sample that is replayed at their updates.
 
-python benchmarks/examples/trl_grpo.py
+python examples/trl_grpo.py
 """
 
 import tempfile

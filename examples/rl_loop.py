@@ -1,6 +1,6 @@
 """A plain reinforcement learning loop (REINFORCE): act under one posterior sample, replay that sample at the update.
 
-python benchmarks/examples/rl_loop.py
+python examples/rl_loop.py
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""FSDP2 with a checkpoint for any number of ranks: torchrun --nproc-per-node 2 benchmarks/examples/fsdp.py FOLDER."""
+"""FSDP2 with a checkpoint for any number of ranks: torchrun --nproc-per-node 2 examples/fsdp.py FOLDER."""
 
 import sys
 from pathlib import Path

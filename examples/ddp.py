@@ -1,6 +1,6 @@
 """DistributedDataParallel, changed in two lines: the optimizer and train().
 
-torchrun --nproc-per-node 2 benchmarks/examples/ddp.py
+torchrun --nproc-per-node 2 examples/ddp.py
 """
 
 import os
