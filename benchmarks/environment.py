@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -52,3 +53,14 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return run.stdout.strip()
+
+
+def write_record(path: Path, content: Mapping[str, Any], packages: Sequence[str]) -> None:
+    """Writes a result and its `environment` as JSON, one line for each item and for each row of a list of rows."""
+    lines = []
+    for name, value in {**content, "environment": environment(packages)}.items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in value) + "\n]"
+        lines.append(f"{json.dumps(name)}: {text}")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

@@ -13,7 +13,7 @@ model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2)).to(device)
 optimizer = IVON(model.parameters(), lr=1.0, ess=2000, hess_init=0.1, clip_radius=1.0)
 scaler = torch.amp.GradScaler(device)
 
-for step in range(60):
+for step in range(120):
     batch = torch.arange(100, device=device) + 100 * step % 2000
     optimizer.train()  # a sample in the weights
     with torch.autocast(device, torch.float16):

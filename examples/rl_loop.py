@@ -17,7 +17,7 @@ def main() -> None:
     policy = nn.Sequential(nn.Embedding(STATES, 16), nn.Tanh(), nn.Linear(16, ACTIONS))
     optimizer = IVON(policy.parameters(), lr=0.3, ess=1e4, hess_init=0.1, clip_radius=1.0)
     rewards = []
-    for round_ in range(100):
+    for round_ in range(200):
         with optimizer.sampled_params(sample=round_), torch.no_grad():  # without sample=: rollouts at the mean
             states = torch.randint(STATES, (64,))
             behaviour = torch.distributions.Categorical(logits=policy(states))

@@ -22,7 +22,7 @@ tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token="<pad>"
 sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 config = LlamaConfig(vocab_size=8, pad_token_id=0, eos_token_id=1, initializer_range=0.3, **sizes)
 model = LlamaForCausalLM(config)  # a pretrained model here
-data = Dataset.from_dict({"text": ["a b c d e f", "f e d c b a"] * 8})
+data = Dataset.from_dict({"text": ["a b c d e f"] * 16})
 
 with tempfile.TemporaryDirectory() as folder:
     args = SFTConfig(folder, max_steps=40, max_grad_norm=0, bf16=False, report_to="none", disable_tqdm=True)

@@ -7,11 +7,9 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import UserError
-from benchmarks.evaluate.settings import Settings, resolve
-from benchmarks.finetune.cli import INTERRUPTED
+from benchmarks import Interruption
+from benchmarks.evaluate.settings import resolve
 from benchmarks.finetune.hub import use_cache_without_network
-from benchmarks.finetune.tasks import Task
 
 
 def evaluate(
@@ -37,35 +35,16 @@ def evaluate(
     In distribution, and for the rated sentences under shift: on the domains that it was not trained on. Temperature and
     pruned fraction are chosen on the validation split of the task it was trained on. Ctrl-C keeps what is done.
     """
-    try:
-        found, settings = resolve(
-            folder=folder,
-            task=task,
-            split=split,
-            samples=samples,
-            test_size=test_size,
-            quick=quick,
-            model=model,
-            device=device,
-            out=out,
-        )
-        finished = _run(found, settings)
-    except UserError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; nothing was saved.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    if not finished:
-        typer.echo(f"Interrupted; what was judged so far is in {out}.", err=True)
-        raise typer.Exit(INTERRUPTED)
-
-
-def _run(task: Task, settings: Settings) -> bool:
-    if task.hub or (settings.model is not None and not Path(settings.model).exists()):
+    found, settings = resolve(**locals())  # the options above have the names of the settings
+    if found.hub or not Path(settings.model or ".").exists():
         use_cache_without_network()
     from rich.console import Console
 
     from benchmarks.evaluate.run import Evaluation
 
-    return Evaluation(task, settings, Console()).run()
+    try:
+        finished = Evaluation(folder, found, settings, Console()).run()
+    except KeyboardInterrupt:
+        raise Interruption("Interrupted; nothing was saved.") from None
+    if not finished:
+        raise Interruption(f"Interrupted; what was judged so far is in {out}.")

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from benchmarks import UserError
+from benchmarks.environment import write_record
 from benchmarks.evaluate import report
-from benchmarks.evaluate.settings import Settings, domains
+from benchmarks.evaluate.settings import domains
 from benchmarks.finetune import data
 from benchmarks.finetune.evaluate import labels_of, votes_of
 from benchmarks.finetune.model import LabelScorer, load_model
+from benchmarks.finetune.report import PACKAGES, scores_record
 from benchmarks.finetune.run import find_device, last_word, make_folder, progress_bars
+from benchmarks.finetune.settings import Settings
 from benchmarks.finetune.tasks import Task
 from benchmarks.finetune.train import Interrupted, InterruptGuard
-from ivon_kernels.posterior import Posterior, PosteriorFileError
-from ivon_kernels.posterior.sweeps import Sweep, sweep_pruning, sweep_temperature
-from ivon_kernels.predict.prediction import Prediction, predict
+from ivon_kernels.posterior import Posterior, PosteriorFileError, Sweep, predict, sweep_pruning, sweep_temperature
+from ivon_kernels.predict import metrics
 from ivon_kernels.report.page import report as write_page
 
 BATCH_SIZE = 12
@@ -36,39 +37,17 @@ DIAL_SAMPLES = 4
 RECORD = "evaluate.json"
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way of predicting with a posterior."""
-
-    name: str
-    samples: int
-    """0 predicts at the mean."""
-    temperature: float = 1.0
-    pruned: float = 0.0
-
-    @property
-    def key(self) -> tuple[int, float, float]:
-        """Equal for methods that give the same predictions."""
-        return self.samples, self.temperature, self.pruned
-
-    def of(self, posterior: Posterior) -> Posterior:
-        """The posterior that this method predicts with."""
-        if self.temperature != 1:
-            posterior = posterior.tempered(self.temperature)
-        return posterior.pruned(self.pruned) if self.pruned else posterior
+Methods = dict[str, tuple[Posterior, int]]
+"""Ways of predicting by name: with which posterior, and how many samples of it; 0 predicts at the mean."""
 
 
 class Examples:
     """One task's examples as `predict` reads them: batches, short sentences first; as often as wanted."""
 
     def __init__(
-        self,
-        examples: list[data.Example],
-        encoded: data.EncodedExamples,
-        guard: InterruptGuard,
-        advance: Callable[[], None],
+        self, examples: list[data.Example], encoded: data.EncodedExamples, on_batch: Callable[[], None]
     ) -> None:
-        self._encoded, self._guard, self._advance = encoded, guard, advance
+        self._encoded, self._on_batch = encoded, on_batch
         in_order = [examples[i] for batch in encoded.in_length_order(BATCH_SIZE) for i in batch.index]
         self.labels, self.votes = labels_of(in_order), votes_of(in_order)
 
@@ -76,46 +55,44 @@ class Examples:
         return -(-len(self._encoded) // BATCH_SIZE)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Raises Interrupted before a batch if Ctrl-C was pressed."""
         for batch in self._encoded.in_length_order(BATCH_SIZE):
-            self._guard.check()
+            self._on_batch()
             yield {"input_ids": batch.input_ids, "last": batch.last, "labels": batch.labels}
-            self._advance()
 
 
 class Evaluation:
     """One run of the command."""
 
-    def __init__(self, task: Task, settings: Settings, console: Console) -> None:
+    def __init__(self, folder: Path, task: Task, settings: Settings, console: Console) -> None:
         """Loads data, posterior and model.
 
         Raises:
             UserError: one of them cannot be had, or they do not fit together.
         """
-        self.task, self.settings, self.console = task, settings, console
+        self.folder, self.task, self.settings, self.console = folder, task, settings, console
+        self.guard, self.progress = InterruptGuard(), progress_bars(console)
         self.device = find_device(settings.device)
-        self.tasks = domains(task)
-        self.examples = {t.name: self._load(t, settings.split) for t in self.tasks}
+        self.examples = {t.name: self._load(t, settings.split) for t in domains(task)}
         # The hub's tasks are judged on their published validation split: there is no other to choose by.
         self.validation = None if task.hub else self._load(task, "validation")
-        self.posterior = load_posterior(settings)
+        posterior = load_posterior(folder)
         make_folder(settings.out)
         with console.status("Loading the model"):
-            self.model, self.tokenizer = load_adapted(settings, self.device, self.posterior)
-        self.posterior = self.posterior.to(self.device)
+            self.model, self.tokenizer = load_adapted(folder, settings, self.device, posterior)
+        self.posterior = posterior.to(self.device)
         suffix = last_word(self.examples[task.name][0])
         self.scorer = LabelScorer(self.model, self.tokenizer, task.label_words, suffix)
-        self.sweeps: list[Sweep] = []
-        self.domains: list[report.Domain] = []
+        self.dials: list[Sweep] = []
+        self.domains: list[dict[str, Any]] = []
 
     def run(self) -> bool:
         """Chooses the dials, judges every domain and writes it all; False when Ctrl-C cut it short."""
-        with InterruptGuard() as guard, progress_bars(self.console) as progress:
+        with self.guard, self.progress:
             try:
-                methods = self._methods(guard, progress)
-                for task in self.tasks:
-                    guard.check()
-                    self._judge(task, methods, guard, progress)
+                methods = self._methods()
+                for name in self.examples:
+                    self.guard.check()
+                    self._judge(name, methods)
             except Interrupted:
                 finished = False
             else:
@@ -124,111 +101,106 @@ class Evaluation:
         return finished
 
     def _load(self, task: Task, split: str) -> list[data.Example]:
-        found = data.load_dataset(
-            task, split=split, train_size=1, test_size=None, max_words=self.settings.max_words, seed=0
-        )
-        return found.test[: self.settings.test_size]
+        test = data.load_dataset(task, split=split, train_size=1, max_words=self.settings.max_words).test
+        return test[: self.settings.test_size]
 
-    def _encode(
-        self, examples: list[data.Example], guard: InterruptGuard, progress: Progress, title: str, passes: int
-    ) -> Examples:
-        """The examples, with a progress bar for `passes` readings of them."""
+    def _encode(self, examples: list[data.Example], title: str, readings: int) -> Examples:
+        """The examples, with a progress bar; reading them raises Interrupted before a batch after Ctrl-C."""
+        bar = self.progress.add_task(title, total=readings * -(-len(examples) // BATCH_SIZE), note="")
+
+        def on_batch() -> None:
+            self.guard.check()
+            self.progress.advance(bar)
+
         encoded = data.EncodedExamples(examples, self.tokenizer, self.settings.max_tokens, self.device)
-        bar = progress.add_task(title, total=passes * -(-len(examples) // BATCH_SIZE), note="")
-        return Examples(examples, encoded, guard, lambda: progress.advance(bar))
+        return Examples(examples, encoded, on_batch)
 
     def _score(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return self.scorer.logits(inputs["input_ids"], inputs["last"])
 
-    def _methods(self, guard: InterruptGuard, progress: Progress) -> list[Method]:
+    def _methods(self) -> Methods:
         """The ways to predict; the dials of the last two are chosen by NLL on the validation split.
 
         Pruning is judged at the mean: there it costs nothing at prediction time.
         """
         samples = self.settings.samples
-        methods = [Method("mean", 0), Method(f"{samples} samples", samples)]
+        methods = {"mean": (self.posterior, 0), f"{samples} samples": (self.posterior, samples)}
         if self.validation is None:
             return methods
-        examples = self._encode(self.validation, guard, progress, "choosing dials", len(TEMPERATURES) + len(FRACTIONS))
-        heat = sweep_temperature(
-            self.posterior,
-            self.model,
-            examples,
-            temperatures=TEMPERATURES,
-            samples=min(samples, DIAL_SAMPLES),
-            score=self._score,
-            progress=False,
-        )
-        self.sweeps.append(heat)
-        cut = sweep_pruning(
-            self.posterior, self.model, examples, fractions=FRACTIONS, samples=0, score=self._score, progress=False
-        )
-        self.sweeps.append(cut)
-        report.print_dials(self.console, self.sweeps, len(self.validation))
-        tempered = Method(f"tempered x{heat.best:g}, {samples} samples", samples, temperature=heat.best)
-        return [*methods, tempered, Method(f"pruned {cut.best:.0%}, mean", 0, pruned=cut.best)]
+        examples = self._encode(self.validation, "choosing dials", len(TEMPERATURES) + len(FRACTIONS))
+        given: Any = {"model": self.model, "inputs": examples, "score": self._score, "progress": False}
+        few = min(samples, DIAL_SAMPLES)
+        self.dials.append(sweep_temperature(self.posterior, temperatures=TEMPERATURES, samples=few, **given))
+        self.dials.append(sweep_pruning(self.posterior, fractions=FRACTIONS, samples=0, **given))
+        heat, cut = self.dials
+        report.print_dials(self.console, self.dials, len(self.validation))
+        methods[f"tempered x{heat.best:g}, {samples} samples"] = (heat.posterior, samples)
+        methods[f"pruned {cut.best:.0%}, mean"] = (cut.posterior, 0)
+        return methods
 
-    def _judge(self, task: Task, methods: list[Method], guard: InterruptGuard, progress: Progress) -> None:
-        passes = len({method.key for method in methods})
-        examples = self._encode(self.examples[task.name], guard, progress, task.name, passes)
-        known: dict[Any, Prediction] = {}
-        for method in methods:
-            if method.key not in known:
-                posterior = method.of(self.posterior)
-                known[method.key] = predict(
-                    posterior, self.model, examples, samples=method.samples, score=self._score, progress=False
-                )
-        predictions = {method.name: known[method.key] for method in methods}
-        domain = report.Domain(task.name, task is not self.task, predictions, examples.labels, examples.votes)
+    def _judge(self, name: str, methods: Methods) -> None:
+        """Judges every method on one domain, and writes its page."""
+        examples = self._encode(self.examples[name], name, len(methods))
+        predictions = {
+            title: predict(posterior, self.model, examples, samples=samples, score=self._score, progress=False)
+            for title, (posterior, samples) in methods.items()
+        }
+        labels, votes, shift = examples.labels, examples.votes, name != self.task.name
+        rows = [
+            {
+                "name": title,
+                "scores": scores_record(metrics.evaluate(found.probabilities, labels, votes)),
+                "mutual_information": found.mutual_information.mean().item(),
+            }
+            for title, found in predictions.items()
+        ]
+        entropy = None if votes is None else metrics.vote_entropy(votes)
+        domain = {"task": name, "shift": shift, "examples": len(labels), "vote_entropy": entropy, "rows": rows}
         self.domains.append(domain)
         report.print_domain(self.console, domain)
+        # The pictures of the posterior are on one page: it is the same in every domain.
+        posterior = None if shift else self.posterior
+        write_page(self.settings.out / name, predictions, labels, posterior, votes=votes, title=report.title(domain))
 
     def _finish(self, finished: bool) -> None:
-        """Writes the record, the dials' picture and the pages of the domains that were judged."""
-        out = self.settings.out
-        about = {
-            "finished": finished,
-            "settings": self.settings.record(),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-        }
-        report.write_record(out / RECORD, about, self.sweeps, self.domains)
-        if self.sweeps:
-            report.draw_dials(out / "dials.png", self.sweeps)
-        for domain in self.domains:
-            posterior = None if domain.shift else self.posterior
-            write_page(
-                out / domain.task, domain.predictions, domain.labels, posterior, votes=domain.votes, title=domain.title
-            )
+        """Writes the record and the dials' picture."""
+        out, settings = self.settings.out, {"folder": str(self.folder), **self.settings.record()}
+        about = {"finished": finished, "settings": settings, "device": str(self.device)}
+        about |= {"threads": torch.get_num_threads(), "dials": [report.dial_record(dial) for dial in self.dials]}
+        write_record(out / RECORD, {**about, "domains": self.domains}, PACKAGES)
+        if self.dials:
+            report.draw_dials(out / "dials.png", self.dials)
         if self.domains:
             report.print_legend(self.console, self.domains)
         self.console.print(f"Record, pages and pictures: {out}", soft_wrap=True)
 
 
-def load_posterior(settings: Settings) -> Posterior:
+def load_posterior(folder: Path) -> Posterior:
     """The posterior beside the adapter.
 
     Raises:
         UserError: there is none, it is damaged, or it belongs to other weights.
     """
     try:
-        return Posterior.load(settings.folder)
+        return Posterior.load(folder)
     except (FileNotFoundError, PosteriorFileError) as error:
         raise UserError(f"Cannot read the posterior: {error}.") from error
 
 
-def load_adapted(settings: Settings, device: torch.device, posterior: Posterior) -> tuple[peft.PeftModel, Any]:
+def load_adapted(
+    folder: Path, settings: Settings, device: torch.device, posterior: Posterior
+) -> tuple[peft.PeftModel, Any]:
     """The base model with the adapter, and its tokenizer.
 
     Raises:
         UserError: the model cannot be read, or is not the one that the adapter was trained on.
     """
     base, tokenizer = load_model(settings.model, device=device, in_8bit=settings.load_in_8bit)
-    mismatch = f"The adapter in {settings.folder} was not trained on this model"
+    mismatch = f"The adapter in {folder} was not trained on this model"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PEFT: names that transformers is changing; missing keys are seen below
-            adapted = peft.PeftModel.from_pretrained(base, settings.folder, torch_device=str(device))
+            adapted = peft.PeftModel.from_pretrained(base, folder, torch_device=str(device))
         posterior.parameters_of(adapted)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{mismatch}: {' '.join(str(error).split())}") from error

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import UserError
+from benchmarks import Interruption
 from benchmarks.finetune.hub import use_cache_without_network
-from benchmarks.finetune.settings import Settings, resolve
-from benchmarks.finetune.tasks import TASKS, Task
+from benchmarks.finetune.settings import resolve
+from benchmarks.finetune.tasks import TASKS
 
 INTERRUPTED = 130
 
@@ -44,46 +44,16 @@ def finetune(
 
     Options that are not given take the task's recipe. Ctrl-C keeps what was trained so far.
     """
-    try:
-        found, settings = resolve(
-            task=task,
-            optimizer=optimizer,
-            split=split,
-            seed=seed,
-            model=model,
-            load_in_8bit=load_in_8bit,
-            device=device,
-            out=out,
-            lr=lr,
-            steps=steps,
-            batch_size=batch_size,
-            train_size=train_size,
-            test_size=test_size,
-            max_words=max_words,
-            adamw_lr=adamw_lr,
-            ess=ess,
-            hess_init=hess_init,
-            clip_radius=clip_radius,
-            weight_decay=weight_decay,
-            samples=samples,
-        )
-        finished = _run(found, settings)
-    except UserError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo(f"Interrupted; what was saved before is in {out}.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    if not finished:
-        typer.echo(f"Interrupted; what was trained so far is in {out}.", err=True)
-        raise typer.Exit(INTERRUPTED)
-
-
-def _run(task: Task, settings: Settings) -> bool:
-    if task.hub or (settings.model is not None and not Path(settings.model).exists()):
+    found, settings = resolve(**locals())  # the options above have the names of the settings
+    if found.hub or not Path(model or ".").exists():
         use_cache_without_network()
     from rich.console import Console
 
     from benchmarks.finetune.run import Job
 
-    return Job(task, settings, Console()).run()
+    try:
+        finished = Job(found, settings, Console()).run()
+    except KeyboardInterrupt:
+        raise Interruption(f"Interrupted; what was saved before is in {out}.") from None
+    if not finished:
+        raise Interruption(f"Interrupted; what was trained so far is in {out}.")

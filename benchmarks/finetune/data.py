@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,8 +35,7 @@ class Example:
     votes: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Dataset:
+class Dataset(NamedTuple):
     """What one run trains on and what it is judged on."""
 
     train: list[Example]
@@ -44,7 +43,13 @@ class Dataset:
 
 
 def load_dataset(
-    task: Task, *, split: str, train_size: int | None, test_size: int | None, max_words: int | None, seed: int
+    task: Task,
+    *,
+    split: str,
+    train_size: int | None = None,
+    test_size: int | None = None,
+    max_words: int | None = None,
+    seed: int = 0,
 ) -> Dataset:
     """Reads a task and draws the training examples.
 
@@ -63,9 +68,8 @@ def load_dataset(
     Raises:
         UserError: the data cannot be had, or is smaller than asked for.
     """
-    train, test = _load_hub(task, split) if task.hub else _load_bundled(task, split)
-    train = [e for e in train if max_words is None or len(e.prompt.split()) <= max_words]
-    test = [e for e in test if max_words is None or len(e.prompt.split()) <= max_words]
+    loaded = _load_hub(task, split) if task.hub else _load_bundled(task, split)
+    train, test = ([e for e in part if max_words is None or len(e.prompt.split()) <= max_words] for part in loaded)
     limit = "" if max_words is None else f" of at most {max_words} words"
     for wanted, have, what in ((train_size or 1, len(train), "training"), (test_size or 1, len(test), split)):
         if wanted > have:
@@ -83,13 +87,13 @@ def _ask_one_rater(examples: list[Example], rng: torch.Generator) -> list[Exampl
     return [replace(example, label=label) for example, label in zip(examples, labels, strict=True)]
 
 
-def _load_bundled(task: Task, split: str) -> tuple[list[Example], list[Example]]:
+def _load_bundled(task: Task, split: str) -> Dataset:
     with gzip.open(DATA / f"{task.name}.jsonl.gz", "rt", encoding="utf-8") as lines:
         examples = [_bundled_example(json.loads(line)) for line in lines]
     rows = list({example.prompt: example for example in examples}.values())  # each prompt in one split only
     first, second = int(len(rows) * TRAIN_END), int(len(rows) * VALIDATION_END)
     test = rows[first:second] if split == "validation" else rows[second:]
-    return rows[:first], [e for e in test if e.votes is None or e.votes.count(max(e.votes)) == 1]
+    return Dataset(rows[:first], [e for e in test if e.votes is None or e.votes.count(max(e.votes)) == 1])
 
 
 def _bundled_example(row: dict[str, Any]) -> Example:
@@ -104,7 +108,7 @@ def _choice_prompt(question: str, choices: Sequence[str]) -> str:
     return "\n".join([question, *lines, "Answer:"])
 
 
-def _load_hub(task: Task, split: str) -> tuple[list[Example], list[Example]]:
+def _load_hub(task: Task, split: str) -> Dataset:
     """The six tasks of the paper, which judges them on the published validation split.
 
     Hyperparameters are chosen on the last tenth of the published training split, and the rest of it is trained on then.
@@ -116,22 +120,14 @@ def _load_hub(task: Task, split: str) -> tuple[list[Example], list[Example]]:
     except ImportError:
         raise UserError(f"Task {task.name} needs the package datasets: pip install datasets.") from None
     except Exception as error:  # datasets and its file systems raise many kinds; all mean the same to the user
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"Task {task.name} could not be loaded from the Hugging Face hub ({' '.join(task.hub)}), "
-            f"which needs a network or a filled cache: {_first_line(error)}"
+            f"which needs a network or a filled cache: {reason}"
         ) from error
-    train, test = (
-        [example for row in splits[name] if (example := hub_example(task, row)) is not None]
-        for name in ("train", "validation")
-    )
-    if split == "validation":
-        kept = int(len(train) * HUB_TRAIN_END)
-        train, test = train[:kept], train[kept:]
-    return train, test
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    train, test = ([e for row in splits[name] if (e := hub_example(task, row))] for name in ("train", "validation"))
+    kept = int(len(train) * HUB_TRAIN_END)
+    return Dataset(train[:kept], train[kept:]) if split == "validation" else Dataset(train, test)
 
 
 def hub_example(task: Task, row: dict[str, Any]) -> Example | None:
@@ -141,56 +137,47 @@ def hub_example(task: Task, row: dict[str, Any]) -> Example | None:
     if task.name.startswith("winogrande"):
         prompt = _choice_prompt(f"What fits in the blank? {row['sentence']}", [row["option1"], row["option2"]])
         return Example(prompt, int(row["answer"]) - 1)
-    question = row["question_stem"] if task.name == "openbookqa" else row["question"]
-    if len(row["choices"]["text"]) != len(LETTERS):
+    question, choices = row["question_stem" if task.name == "openbookqa" else "question"], row["choices"]
+    if len(choices["text"]) != len(LETTERS):
         return None
-    return Example(_choice_prompt(question, row["choices"]["text"]), row["choices"]["label"].index(row["answerKey"]))
+    return Example(_choice_prompt(question, choices["text"]), choices["label"].index(row["answerKey"]))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded prompts.
+    """Right-padded prompts, `input_ids` int64 `[batch, longest]`.
 
     No attention mask is needed: attention is causal, and only the hidden state of each prompt's last token is read,
-    which no padding precedes.
+    which no padding precedes. The positions of these are `last`, int64 `[batch]` as `labels` are; `index` tells which
+    examples these are.
     """
 
     input_ids: torch.Tensor
-    """int64 [batch, longest prompt]."""
     last: torch.Tensor
-    """int64 [batch], the position of each prompt's last token."""
     labels: torch.Tensor
-    """int64 [batch]."""
     index: list[int]
-    """Which examples these are."""
 
 
 class EncodedExamples:
-    """Tokenized examples that come back as batches."""
+    """Tokenized examples that come back as batches; `labels` are int64 `[examples]`."""
 
     def __init__(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int, device: torch.device) -> None:
         prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+        self.labels = torch.tensor([example.label for example in examples])
         self._tokens = [torch.tensor(ids[-max_tokens:]) for ids in prompts]
-        self._labels = torch.tensor([example.label for example in examples])
         self._padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._device = device
 
     def __len__(self) -> int:
         return len(self._tokens)
 
-    @property
-    def labels(self) -> torch.Tensor:
-        """The labels, int64 [examples]."""
-        return self._labels
-
     def epochs(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Shuffled training batches without end; one shuffle per epoch, of examples and then of batches."""
         rng = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(self), generator=rng).tolist()
-            batches: list[list[int]] = []
-            for bucket in _chunks(order, batch_size * BATCHES_PER_BUCKET):
-                batches += _chunks(sorted(bucket, key=self._length), batch_size)
+            buckets = _chunks(order, batch_size * BATCHES_PER_BUCKET)
+            batches = [index for bucket in buckets for index in _chunks(sorted(bucket, key=self._length), batch_size)]
             for i in torch.randperm(len(batches), generator=rng).tolist():
                 yield self._batch(batches[i])
 
@@ -206,7 +193,7 @@ class EncodedExamples:
         tokens = [self._tokens[i] for i in index]
         padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self._padding)
         last = torch.tensor([len(t) - 1 for t in tokens])
-        return Batch(padded.to(self._device), last.to(self._device), self._labels[index].to(self._device), index)
+        return Batch(padded.to(self._device), last.to(self._device), self.labels[index].to(self._device), index)
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:

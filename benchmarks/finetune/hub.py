@@ -6,7 +6,6 @@ import os
 import urllib.error
 import urllib.request
 
-DEFAULT_ENDPOINT = "https://huggingface.co"
 TIMEOUT_SECONDS = 5
 
 
@@ -15,8 +14,9 @@ def use_cache_without_network() -> None:
 
     They read the switch when they are imported, so this comes first.
     """
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", DEFAULT_ENDPOINT), timeout=TIMEOUT_SECONDS).close()
+        urllib.request.urlopen(endpoint, timeout=TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
         pass  # an answer, whatever it says
     except OSError:

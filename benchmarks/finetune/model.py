@@ -35,26 +35,22 @@ def load_model(name: str | None, *, device: torch.device, in_8bit: bool) -> tupl
     Raises:
         UserError: there is no such model, or it cannot be read.
     """
-    folder, gguf_file = _locate(name)
-    quantization = {"quantization_config": _eight_bit_config(), "device_map": {"": device}} if in_8bit else {}
+    path = _bundled_file() if name is None else Path(name)
+    if not path.exists() and not HUB_ID.fullmatch(str(path)):
+        raise UserError(f"Cannot read the model '{name}': there is no such file or folder.")
+    gguf = path.suffix == ".gguf"
+    folder, options = (str(path.parent), {"gguf_file": path.name}) if gguf else (str(path), {})
+    more: dict[str, Any] = {"dtype": torch.float32 if device.type == "cpu" else torch.bfloat16}
+    if in_8bit:
+        more |= {"quantization_config": _eight_bit_config(), "device_map": {"": device}}
     transformers.utils.logging.disable_progress_bar()  # the caller shows its own
-    options: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **quantization)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options, **more)
     except Exception as error:  # transformers, safetensors, gguf and the hub raise many kinds; all mean the same here
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"Cannot read the model '{name or BUNDLED}': {reason}") from error
     return (model if in_8bit else model.to(device)), tokenizer
-
-
-def _locate(name: str | None) -> tuple[str, str | None]:
-    """Folder or hub id, and the GGUF file in that folder if the weights are in one."""
-    path = _bundled_file() if name is None else Path(name)
-    if not path.exists() and not HUB_ID.fullmatch(str(path)):
-        raise UserError(f"Cannot read the model '{name}': there is no such file or folder.")
-    return (str(path.parent), path.name) if path.suffix == ".gguf" else (str(path), None)
 
 
 def _bundled_file() -> Path:
@@ -142,9 +138,8 @@ class LabelScorer:
         self.model.eval()
         input_ids = input_ids.to(self.model.device)
         last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
-        return torch.allclose(
-            self._label_rows(input_ids, last), self._whole_model(input_ids, last), rtol=1e-2, atol=1e-3
-        )
+        found, wanted = self._label_rows(input_ids, last), self._whole_model(input_ids, last)
+        return torch.allclose(found, wanted, rtol=1e-2, atol=1e-3)
 
 
 def _label_ids(tokenizer: Any, label_words: tuple[str, ...], suffix: str) -> list[int]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from benchmarks import UserError
+from benchmarks.environment import write_record
 from benchmarks.finetune import data, evaluate, model, report, train
 from benchmarks.finetune.settings import RUN, Settings
 from benchmarks.finetune.tasks import Task
+from benchmarks.tables import show
 from ivon_kernels import IVON
 from ivon_kernels.predict import metrics
 from ivon_kernels.report.page import draw_reliability
 
 TITLES = {"adamw": "AdamW", "ivon": "IVON"}
+RECORD = "results.json"
 
 
 class Job:
@@ -34,26 +37,21 @@ class Job:
             UserError: the data, the model or the device cannot be had.
         """
         self.settings, self.console = settings, console
+        self.guard, self.progress = train.InterruptGuard(), progress_bars(console)
         self.device = find_device(settings.device)
-        examples = data.load_dataset(
-            task,
-            split=settings.split,
-            train_size=settings.train_size,
-            test_size=settings.test_size,
-            max_words=settings.max_words,
-            seed=settings.seed,
-        )
+        wanted = ("split", "train_size", "test_size", "max_words", "seed")
+        examples = data.load_dataset(task, **{name: getattr(settings, name) for name in wanted})
         make_folder(settings.out)
         with console.status("Loading the model"):
             base, tokenizer = model.load_model(settings.model, device=self.device, in_8bit=settings.load_in_8bit)
         self.model = model.add_lora(base, seed=settings.seed)
         self.scorer = model.LabelScorer(self.model, tokenizer, task.label_words, suffix=last_word(examples.train[0]))
-        self.examples = examples.test
-        encode = (tokenizer, settings.max_tokens, self.device)
-        self.train_set = data.EncodedExamples(examples.train, *encode)
-        self.test_set = data.EncodedExamples(examples.test, *encode)
-        self.start = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        self.rows: list[report.Row] = []
+        self.train_set, self.test_set = (
+            data.EncodedExamples(part, tokenizer, settings.max_tokens, self.device) for part in examples
+        )
+        self.labels, self.votes = evaluate.labels_of(examples.test), evaluate.votes_of(examples.test)
+        self.start = [p.detach().clone() for p in train.trainable(self.model)]
+        self.rows: list[dict[str, Any]] = []
         self.probabilities: dict[str, Tensor] = {}
         self.trainings: dict[str, train.Training] = {}
 
@@ -62,13 +60,13 @@ class Job:
 
         Every optimizer starts from the same adapter values and sees the same batches and the same dropout.
         """
-        with train.InterruptGuard() as guard, progress_bars(self.console) as progress:
+        with self.guard, self.progress:
             try:
                 for name in self.settings.optimizers:
-                    guard.check()
-                    self._train(name, guard, progress)
-                    guard.check()
-                    self._evaluate(name, guard, progress)
+                    self.guard.check()
+                    self._train(name)
+                    self.guard.check()
+                    self._evaluate(name)
             except train.Interrupted:
                 finished = False
             else:
@@ -76,82 +74,82 @@ class Job:
         self._report(finished)
         return finished
 
-    def _train(self, name: str, guard: train.InterruptGuard, progress: Progress) -> None:
-        self._restore_start()
-        bar = progress.add_task(f"{TITLES[name]}: training", total=self.settings.steps, note="")
-        optimizer = train.make_optimizer(name, train.trainable(self.model), self.settings)
-        training = train.train(
-            optimizer,
+    def _train(self, name: str) -> None:
+        settings, parameters = self.settings, train.trainable(self.model)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, self.start, strict=True):
+                parameter.copy_(value)
+        bar = self.progress.add_task(f"{TITLES[name]}: training", total=settings.steps, note="")
+        self.trainings[name] = train.train(
+            train.make_optimizer(name, parameters, settings),
             self.model,
             lambda batch: train.cross_entropy(self.scorer, batch),
-            self.train_set.epochs(self.settings.batch_size, self.settings.seed),
-            steps=self.settings.steps,
-            seed=self.settings.seed,
-            guard=guard,
-            on_step=lambda loss: progress.update(bar, advance=1, note=f"loss {loss:.3f}"),
+            self.train_set.epochs(settings.batch_size, settings.seed),
+            steps=settings.steps,
+            seed=settings.seed,
+            guard=self.guard,
+            on_step=lambda loss: self.progress.update(bar, advance=1, note=f"loss {loss:.3f}"),
         )
-        self.trainings[name] = training
-        folder = self.settings.out / name
+        folder = settings.out / name
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        (folder / RUN).write_text(json.dumps(self.settings.record(), indent=2) + "\n", encoding="utf-8")
-        if isinstance(training.optimizer, IVON):
-            torch.save(training.optimizer.state_dict(), folder / "optimizer.pt")
-            training.optimizer.posterior(self.model).save(folder)
+        (folder / RUN).write_text(json.dumps(settings.record(), indent=2) + "\n", encoding="utf-8")
+        optimizer = self.trainings[name].optimizer
+        if isinstance(optimizer, IVON):
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            optimizer.posterior(self.model).save(folder)
 
-    def _restore_start(self) -> None:
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(self.start[name])
-
-    def _evaluate(self, name: str, guard: train.InterruptGuard, progress: Progress) -> None:
+    def _evaluate(self, name: str) -> None:
         optimizer = self.trainings[name].optimizer
         samples = self.settings.samples if isinstance(optimizer, IVON) else 0
-        total = (1 + samples) * len(self.test_set)
-        bar = progress.add_task(f"{TITLES[name]}: evaluation", total=total, note="")
-
-        def advance(examples: int) -> None:
-            progress.update(bar, advance=examples)
+        bar = self.progress.add_task(f"{TITLES[name]}: evaluation", total=(1 + samples) * len(self.test_set), note="")
 
         def predict() -> Tensor:
-            return evaluate.predict(self.model, self.scorer, self.test_set, guard, advance)
+            advance = partial(self.progress.advance, bar)
+            return evaluate.predict(self.model, self.scorer, self.test_set, self.guard, advance)
 
-        self._add_row("IVON, mean" if samples else TITLES[name], name, predict())
+        self._judge("IVON, mean" if samples else TITLES[name], name, predict())
         if isinstance(optimizer, IVON):
             probabilities = torch.zeros(())
             for k in range(samples):
                 with optimizer.sampled_params(sample=k):
                     probabilities = probabilities + predict() / samples
-            self._add_row(f"IVON, {samples} samples", name, probabilities)
+            self._judge(f"IVON, {samples} samples", name, probabilities)
 
-    def _add_row(self, title: str, name: str, probabilities: Tensor) -> None:
-        training = self.trainings[name]
-        scores = evaluate.score(probabilities, self.examples)
-        curve = metrics.reliability(probabilities, evaluate.labels_of(self.examples))
+    def _judge(self, title: str, name: str, probabilities: Tensor) -> None:
         self.probabilities[title] = probabilities
-        self.rows.append(report.Row(title, name, scores, curve, training.seconds, training.optimizer_ms))
+        row = {
+            "name": title,
+            "optimizer": name,
+            "scores": report.scores_record(metrics.evaluate(probabilities, self.labels, self.votes)),
+            "reliability": asdict(metrics.reliability(probabilities, self.labels)),
+            "train_seconds": self.trainings[name].seconds,
+            "optimizer_ms": self.trainings[name].optimizer_ms,
+        }
+        self.rows.append(row)
 
     def _report(self, finished: bool) -> None:
-        out, settings = self.settings.out, self.settings
-        title = f"{settings.task}, {len(self.train_set)} training examples"
-        results: dict[str, Any] = {
-            "finished": finished,
-            "settings": settings.record(),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "training": {
-                name: {"steps": t.steps, "seconds": t.seconds, "optimizer_ms": t.optimizer_ms, "losses": t.losses}
-                for name, t in self.trainings.items()
-            },
+        out, settings, console = self.settings.out, self.settings, self.console
+        about = {"finished": finished, "settings": settings.record(), "device": str(self.device)}
+        training = {
+            name: {"steps": t.steps, "seconds": t.seconds, "optimizer_ms": t.optimizer_ms, "losses": t.losses}
+            for name, t in self.trainings.items()
         }
-        report.write_results(out / "results.json", results, self.rows)
+        about |= {"threads": torch.get_num_threads(), "training": training, "rows": self.rows}
+        write_record(out / RECORD, about, report.PACKAGES)
         if self.rows:
-            report.print_table(self.console, self.rows, title=title, examples=len(self.examples))
-            labels = evaluate.labels_of(self.examples)
-            draw_reliability(out / "reliability.png", self.probabilities, labels, title=title)
-        for name, training in self.trainings.items():
-            self.console.print(f"{TITLES[name]} adapter after {training.steps} steps: {out / name}", soft_wrap=True)
-        self.console.print(f"Results: {out / 'results.json'}", soft_wrap=True)
+            title = f"{settings.task}, {len(self.train_set)} training examples"
+            frame = report.table(self.rows, {**report.SCORES, "vote_kl": "raters"})
+            frame["training"] = [f"{row['train_seconds']:.1f} s" for row in self.rows]
+            frame["opt./step"] = [f"{row['optimizer_ms']:.2f} ms" for row in self.rows]
+            show(console, title, frame)
+            error = report.standard_error(self.rows, len(self.labels))
+            console.print(f"{len(self.labels)} test examples: one standard error of the accuracy is {error:.3f}.")
+            if self.votes is not None:
+                console.print("raters: KL divergence of the predictions from the raters' votes, in nats.")
+            draw_reliability(out / "reliability.png", self.probabilities, self.labels, title=title)
+        for name, done in self.trainings.items():
+            console.print(f"{TITLES[name]} adapter after {done.steps} steps: {out / name}", soft_wrap=True)
+        console.print(f"Results: {out / RECORD}", soft_wrap=True)
 
 
 def find_device(name: str) -> torch.device:
@@ -187,16 +185,8 @@ def last_word(example: data.Example) -> str:
     return example.prompt.split()[-1]
 
 
-@contextmanager
-def progress_bars(console: Console) -> Iterator[Progress]:
+def progress_bars(console: Console) -> Progress:
     """Bars with a field `note`, above which the console may print."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        yield progress
+    description, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = (description, BarColumn(), MofNCompleteColumn(), note, TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)

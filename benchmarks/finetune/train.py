@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,8 +27,7 @@ class Interrupted(Exception):
 class InterruptGuard:
     """Turns the first Ctrl-C into a request that the loops see between steps; a second one stops at once."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    requested = False
 
     def check(self) -> None:
         """Raises Interrupted if Ctrl-C was pressed."""
@@ -39,7 +38,7 @@ class InterruptGuard:
         self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._previous)
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
@@ -73,17 +72,9 @@ def make_optimizer(name: str, parameters: list[nn.Parameter], settings: Settings
     if name == "adamw":
         fused = parameters[0].device.type in ("cpu", "cuda")
         return torch.optim.AdamW(parameters, settings.adamw_lr, weight_decay=settings.weight_decay, fused=fused)
-    return IVON(
-        parameters,
-        settings.ivon_lr,
-        settings.ess,
-        hess_init=settings.hess_init,
-        beta2=settings.beta2,
-        weight_decay=settings.weight_decay,
-        clip_radius=settings.clip_radius,
-        rescale_lr=False,
-        seed=settings.seed,
-    )
+    names = ("hess_init", "beta2", "weight_decay", "clip_radius", "seed")
+    options = {name: getattr(settings, name) for name in names}
+    return IVON(parameters, settings.ivon_lr, settings.ess, rescale_lr=False, **options)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -128,31 +119,29 @@ def train(
     """
     if around is None:
         around = partial(optimizer.sampled_params, train=True) if isinstance(optimizer, IVON) else nullcontext
-    if schedule is None:
-        schedule = partial(linear, steps=steps)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule or partial(linear, steps=steps))
     training = Training(optimizer)
-    clock = _clock(next(model.parameters()).device)
+    device = next(model.parameters()).device
     torch.manual_seed(seed)
     model.train()
-    started = clock()
+    started = _now(device)
     while training.steps < steps and not guard.requested:
         batch = next(batches)
-        before = clock()
+        before = _now(device)
         with around():
-            ready = clock()
+            ready = _now(device)
             loss = loss_of(batch)
             loss.backward()
-            backward = clock()
+            backward = _now(device)
         optimizer.step()
-        training.optimizer_seconds.append((ready - before) + (clock() - backward))
+        training.optimizer_seconds.append((ready - before) + (_now(device) - backward))
         scheduler.step()
         optimizer.zero_grad()
         training.losses.append(loss.item())
         on_step(training.losses[-1])
         if after_step is not None:
             after_step(training.steps)
-    training.seconds = clock() - started
+    training.seconds = _now(device) - started
     return training
 
 
@@ -161,10 +150,7 @@ def linear(step: int, steps: int) -> float:
     return 1 - step / steps
 
 
-def _clock(device: torch.device) -> Callable[[], float]:
-    def read() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return read
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -76,9 +76,9 @@ def test_mean_and_samples_are_those_of_the_training_process(finished: tuple[Path
     for found, row in ((mean, rows[0]), (samples, rows[1])):
         expected = row["scores"]
         assert found["scores"]["accuracy"] == expected["accuracy"]
-        for ours, theirs in (("nll", "nll"), ("brier", "brier"), ("vote_kl", "rater_kl")):
+        for key in ("nll", "brier", "vote_kl"):
             # Batches of another size round differently: 2^-24 in each of a few dozen operations.
-            assert found["scores"][ours] == pytest.approx(expected[theirs], rel=1e-5)
+            assert found["scores"][key] == pytest.approx(expected[key], rel=1e-5)
 
 
 def test_the_record_has_every_domain_and_method(finished: tuple[Path, str]) -> None:
@@ -224,10 +224,10 @@ def test_ctrl_c_keeps_what_was_judged(trained: Path, tmp_path: Path, monkeypatch
     handler = signal.getsignal(signal.SIGINT)
     judge = run.Evaluation._judge
 
-    def interrupted(self: run.Evaluation, task: Any, *rest: Any) -> None:
-        if task.name == "vader_movie":
+    def interrupted(self: run.Evaluation, name: str, *rest: Any) -> None:
+        if name == "vader_movie":
             os.kill(os.getpid(), signal.SIGINT)
-        judge(self, task, *rest)
+        judge(self, name, *rest)
 
     monkeypatch.setattr(run.Evaluation, "_judge", interrupted)
     result = evaluate(trained / "ivon", tmp_path, samples=1, test_size=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import UserError
-from benchmarks.finetune import data, evaluate, model, train
+from benchmarks import UserError, tables
+from benchmarks.environment import write_record
+from benchmarks.finetune import data, evaluate, model, report, train
 from benchmarks.finetune.data import Example
 from benchmarks.finetune.settings import resolve
 from benchmarks.finetune.tasks import TASKS
+from ivon_kernels.predict import metrics
 from tests.support.finetune_model import save_tiny_model
 
 BUNDLED_TASKS = [task for task in TASKS.values() if not task.hub]
@@ -28,8 +31,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(name: str, **changes: Any) -> data.Dataset:
-    options = {"split": "test", "train_size": None, "test_size": None, "max_words": None, "seed": 0}
-    return data.load_dataset(TASKS[name], **{**options, **changes})
+    return data.load_dataset(TASKS[name], **{"split": "test", **changes})
 
 
 class WordTokenizer:
@@ -176,9 +178,9 @@ def test_perfect_predictions_score_perfectly() -> None:
     examples = [Example("", i % 3, unanimous[i % 3]) for i in range(30)]
     probabilities = torch.full((30, 3), 1e-9, dtype=torch.float64)
     probabilities[torch.arange(30), torch.arange(30) % 3] = 1 - 2e-9
-    scores = evaluate.score(probabilities, examples)
+    scores = metrics.evaluate(probabilities, evaluate.labels_of(examples), evaluate.votes_of(examples))
     assert scores.accuracy == 1
-    for value in (scores.nll, scores.ece, scores.brier, scores.rater_kl):
+    for value in (scores.nll, scores.ece, scores.brier, scores.vote_kl):
         assert value == pytest.approx(0, abs=1e-6)
 
 
@@ -187,13 +189,35 @@ def test_scores_of_one_confident_guess(classes: int) -> None:
     """70% for class 0 everywhere, right for half of the examples: every score is a line of arithmetic."""
     other = 0.3 / (classes - 1)
     examples = [Example("", i % 2) for i in range(20)]
-    scores = evaluate.score(torch.tensor([[0.7] + [other] * (classes - 1)] * 20, dtype=torch.float64), examples)
+    probabilities = torch.tensor([[0.7] + [other] * (classes - 1)] * 20, dtype=torch.float64)
+    scores = metrics.evaluate(probabilities, evaluate.labels_of(examples), evaluate.votes_of(examples))
     assert scores.accuracy == pytest.approx(0.5)
     assert scores.nll == pytest.approx(-(math.log(0.7) + math.log(other)) / 2)
     assert scores.ece == pytest.approx(0.2)
     rest = (classes - 2) * other**2
     assert scores.brier == pytest.approx((0.09 + other**2 + rest + 0.49 + (1 - other) ** 2 + rest) / 2)
-    assert scores.rater_kl is None
+    assert scores.vote_kl is None
+
+
+def test_tables_leave_out_what_no_row_has() -> None:
+    scores = {"accuracy": 0.5, "nll": 0.6996, "auroc_errors": None, "vote_kl": None}
+    rows = [{"name": "a", "scores": scores}, {"name": "b", "scores": {**scores, "auroc_errors": 0.25}}]
+    heads = {"nll": "NLL", "auroc_errors": "AUROC", "vote_kl": "raters"}
+    found = report.table(rows, heads)
+    assert found.to_dict("index") == {"a": {"NLL": "0.700", "AUROC": "-"}, "b": {"NLL": "0.700", "AUROC": "0.250"}}
+    assert report.standard_error(rows, 100) == 0.05
+    assert tables.markdown(found.reset_index()).splitlines()[2].split() == ["|", "a", "|", "0.700", "|", "-", "|"]
+
+
+def test_a_record_has_a_line_for_each_row_and_no_nan(tmp_path: Path) -> None:
+    write_record(tmp_path / "a.json", {"n": 1, "none": [], "rows": [{"x": 0.1}, {"x": None}]}, ["torch"])
+    text = (tmp_path / "a.json").read_text()
+    assert text.startswith('{\n"n": 1,\n"none": [],\n"rows": [\n{"x": 0.1},\n{"x": null}\n],\n"environment": {')
+    assert json.loads(text)["environment"]["versions"] == {"torch": torch.__version__}
+    wrong = metrics.evaluate(torch.tensor([[0.5, 0.5]]), torch.tensor([1]))
+    assert report.scores_record(wrong)["auroc_errors"] is None
+    with pytest.raises(ValueError, match="JSON"):
+        write_record(tmp_path / "b.json", {"n": math.nan}, [])
 
 
 class SoftCap(nn.Linear):
@@ -246,8 +270,7 @@ def test_lora_starts_from_the_seed(tiny_model: Path) -> None:
 
 
 def settings(**changes: Any) -> Any:
-    options: dict[str, Any] = {"task": "vader_nyt", "optimizer": "both", "split": "test", "seed": 0, "model": None}
-    options |= {"load_in_8bit": False, "device": "cpu", "out": Path(), "lr": None}
+    options = {"task": "vader_nyt", "optimizer": "both", "split": "test", "device": "cpu", "out": Path()}
     return resolve(**{**options, **changes})[1]
 
 

@@ -14,9 +14,7 @@ from benchmarks.finetune.tasks import TASKS
 
 def save_tiny_model(folder: Path) -> Path:
     """Writes the model and its tokenizer to `folder`, which is returned."""
-    sentences = load_dataset(
-        TASKS["vader_nyt"], split="test", train_size=300, test_size=None, max_words=16, seed=0
-    ).train
+    sentences = load_dataset(TASKS["vader_nyt"], split="test", train_size=300, max_words=16).train
     words = sorted({word for e in sentences for word in e.prompt.split()} | {"a", "bad", "day", "good", "it", "the"})
     special = ["[UNK]", "[PAD]"]
     vocabulary = [*special, "negative", "neutral", "positive", *words]
