@@ -26,20 +26,20 @@ from benchmarks.quality.settings import SEARCH_SEED, Size, sized
 from ivon_kernels.predict import metrics
 
 Weights = dict[str, Tensor]
+Content = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Domain:
-    """Examples that predictions are judged on."""
+    """Examples that predictions are judged on; `shift` says whether training was on another domain."""
 
     task: str
     shift: bool
-    """Whether training was on another domain."""
     encoded: data.EncodedExamples
     labels: Tensor
     votes: Tensor | None
 
-    def judge(self, probabilities: Tensor) -> dict[str, Any]:
+    def judge(self, probabilities: Tensor) -> Content:
         """The scores and the reliability diagram of predictions, as the record holds them."""
         return {
             "task": self.task,
@@ -52,7 +52,11 @@ class Domain:
 
 
 class Bench:
-    """One task in a model that several tasks share."""
+    """One task in a model that several tasks share; loads the examples.
+
+    Raises:
+        UserError: They cannot be had.
+    """
 
     def __init__(
         self,
@@ -63,11 +67,6 @@ class Bench:
         guard: InterruptGuard,
         note: Callable[[str], None],
     ) -> None:
-        """Loads the examples.
-
-        Raises:
-            UserError: they cannot be had.
-        """
         self.task, self.amounts = sized(task, amounts), amounts
         self.model, self._tokenizer = model, tokenizer
         self._guard, self._note = guard, note
@@ -80,15 +79,9 @@ class Bench:
         self.scorer = LabelScorer(model, tokenizer, first.label_words, suffix)
 
     def _load(self, task: Task, split: str, size: int | None, seed: int) -> data.Dataset:
-        recipe = task.recipe
-        return data.load_dataset(
-            task,
-            split=split,
-            train_size=recipe.train_size if split == "validation" else 1,
-            test_size=size,
-            max_words=recipe.max_words,
-            seed=seed,
-        )
+        train_size = task.recipe.train_size if split == "validation" else 1
+        sizes = {"train_size": train_size, "test_size": size, "max_words": task.recipe.max_words}
+        return data.load_dataset(task, split=split, seed=seed, **sizes)
 
     def _encode(self, examples: list[data.Example]) -> data.EncodedExamples:
         return data.EncodedExamples(examples, self._tokenizer, self.task.recipe.max_tokens, self.device)
@@ -100,44 +93,34 @@ class Bench:
 
     def job(self, seed: int, samples: int) -> Job:
         """A job of this task; the seed also draws its training examples."""
-        recipe = self.task.recipe
-        training_set = self._encode(self._load(self.task, "validation", None, seed).train)
-        return Job(
-            self.model,
-            self.scorer,
-            training_set,
-            seed,
-            recipe.steps,
-            recipe.batch_size,
-            samples,
-            self._guard,
-            self._note,
-        )
+        examples = self._encode(self._load(self.task, "validation", None, seed).train)
+        steps, batch_size = self.task.recipe.steps, self.task.recipe.batch_size
+        return Job(self.model, self.scorer, examples, seed, steps, batch_size, samples, self._guard, self._note)
 
-    # ---- the units of a study ----------------------------------------------------------------------------------------
-
-    def try_candidate(self, method: Method, hyper: Hyper) -> dict[str, Any]:
+    def try_candidate(self, method: Method, hyper: Hyper) -> Content:
         """Train with some hyperparameters and judge on the validation split."""
         job = self.job(SEARCH_SEED, self.amounts.search_samples)
         begin = time.perf_counter()
-        state = self._train(method, job, hyper)
+        job.restart()
+        state = method.train(job, hyper)
         probabilities = self._predict(method, job, state, {**hyper, **method.dials[0]}, self.validation.encoded)
         scores = scores_of(probabilities, self.validation.labels, None)
         return {"hyper": dict(hyper), "scores": scores, "seconds": time.perf_counter() - begin, "error": None}
 
-    def train(self, method: Method, hyper: Hyper, seed: int) -> tuple[dict[str, Any], Weights, State]:
+    def train(self, method: Method, hyper: Hyper, seed: int) -> tuple[Content, Weights, State]:
         """Train for good: what it cost, the adapter's weights and the method's state."""
         job = self.job(seed, self.amounts.samples)
         with PeakMemory(self.device) as memory:
             begin = time.perf_counter()
-            state = self._train(method, job, hyper)
+            job.restart()
+            state = method.train(job, hyper)
             seconds = time.perf_counter() - begin
         cost = {"train_seconds": seconds, "train_peak_mb": memory.megabytes}
         return {"hyper": dict(hyper), "cost": cost, "error": None}, self._weights(), state
 
     def judge(
         self, method: Method, hyper: Hyper, seed: int, weights: Weights, state: State
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    ) -> tuple[Content, dict[str, Tensor]]:
         """Predict every domain with trained weights: the scores with the costs, and the probabilities by domain."""
         self._put(weights)
         job = self.job(seed, self.amounts.samples)
@@ -155,25 +138,22 @@ class Bench:
             found = {self.task.name: self._predict(method, job, state, setting, self.domains[0].encoded)}
             seconds = time.perf_counter() - started
         count = len(self.domains[0].labels)
-        passes = job.passes / count
-        for domain in self.domains[1:]:
-            found[domain.task] = self._predict(method, job, state, setting, domain.encoded)
-        self._check(weights, method)
         cost = {
             "extra_parameters": sum(value.numel() for value in state.values()),
-            "passes": passes,
+            "passes": job.passes / count,
             "fit_seconds": fitted - begin,
             "tune_seconds": tuned - fitted,
             "predict_ms_per_example": 1e3 * seconds / count,
             "fit_peak_mb": fitting.megabytes,
             "predict_peak_mb": predicting.megabytes,
         }
+        for domain in self.domains[1:]:
+            found[domain.task] = self._predict(method, job, state, setting, domain.encoded)
+        now = self._weights()
+        if now.keys() != weights.keys() or not all(torch.equal(now[name], weights[name]) for name in weights):
+            raise RuntimeError(f"{method.name} did not leave the adapter's weights as they were")
         judged = [domain.judge(found[domain.task]) for domain in self.domains]
         return {"hyper": dict(hyper), "dials": dials, "domains": judged, "cost": cost, "error": None}, found
-
-    def _train(self, method: Method, job: Job, hyper: Hyper) -> State:
-        job.restart()
-        return method.train(job, hyper)
 
     def _predict(self, method: Method, job: Job, state: State, hyper: Hyper, examples: data.EncodedExamples) -> Tensor:
         probabilities = method.predict(job, state, hyper, examples).double().cpu()
@@ -190,11 +170,6 @@ class Bench:
         for name, param in self.model.named_parameters():
             if name in weights:
                 param.copy_(weights[name])
-
-    def _check(self, weights: Weights, method: Method) -> None:
-        now = self._weights()
-        if now.keys() != weights.keys() or not all(torch.equal(now[name], weights[name]) for name in weights):
-            raise RuntimeError(f"{method.name} did not leave the adapter's weights as they were")
 
 
 def scores_of(probabilities: Tensor, labels: Tensor, votes: Tensor | None) -> dict[str, float | None]:

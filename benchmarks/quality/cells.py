@@ -2,147 +2,114 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import UserError
 
 STUDY = "study.json"
-_WEIGHTS, _STATE = "weights.", "state."
+Content = dict[str, Any]
 
 
 class Cells:
-    """A folder of finished cells."""
+    """A folder of cells, one file each: what was found, as JSON in the header, and tensors.
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        """Open the folder of a study, or begin it.
+    Args:
+        folder: Made if it is not there.
+        identity: The settings that every cell in it shares.
 
-        Args:
-            folder: Made if it is not there.
-            identity: The settings that every cell in it shares.
+    Raises:
+        UserError: The folder holds cells of other settings.
+    """
 
-        Raises:
-            UserError: It holds cells of other settings.
-        """
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, identity: Content) -> None:
+        self.folder = folder / "cells"
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = folder / STUDY
-        if not path.exists():
-            write_json(path, identity)
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        wanted = json.loads(json.dumps(identity))
+        with self.lock("study"):
+            if not path.exists():
+                write_record(path, identity)
+        begun, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(identity))
         if differing := [key for key in wanted if begun.get(key) != wanted[key]]:
             raise UserError(
                 f"{folder} holds a study with other {', '.join(differing)} ({path.name}): "
                 "give another --out, or delete it."
             )
 
-    def path(self, *names: Any) -> Path:
-        """Where the cell of these names is."""
-        return self.folder.joinpath("cells", *map(str, names))
+    def lock(self, *names: str) -> FileLock:
+        """A lock that one process at a time can hold; the system takes it from one that died."""
+        path = self.folder.joinpath(*names).with_name(f"{names[-1]}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
 
-    def read(self, *names: Any) -> dict[str, Any] | None:
+    def path(self, *names: str) -> Path:
+        """Where the cell of these names is."""
+        return self.folder.joinpath(*names).with_name(f"{names[-1]}.safetensors")
+
+    def read(self, *names: str) -> Content | None:
         """What a finished cell says; None if it is not finished."""
-        path = self.path(*names) / "cell.json"
-        if not path.exists():
-            return None
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        path = self.path(*names)
+        return _content(path) if path.exists() else None
+
+    def tensors(self, *names: str) -> dict[str, Tensor]:
+        """The tensors of a finished cell, on the CPU."""
+        return load_file(self.path(*names))
+
+    def get(self, names: tuple[str, ...], compute: Callable[[], tuple[Content, dict[str, Tensor]]]) -> Content:
+        """What the cell of these names says; if it is not finished, `compute` finishes it.
+
+        Raises:
+            filelock.Timeout: Another process is at it.
+        """
+        content = self.read(*names)
+        if content is None:
+            with self.lock(*names).acquire(timeout=0):
+                content = self.read(*names)  # whoever had the lock before may have finished it
+                if content is None:
+                    content, tensors = compute()
+                    part = self.path(*names).with_suffix(".part")
+                    save_file(tensors, part, {"content": json.dumps(content, allow_nan=False)})
+                    os.replace(part, self.path(*names))  # nobody reads a half
         return content
 
-    def finish(self, content: dict[str, Any], *names: Any) -> None:
-        """Write what a cell found: from now on it is finished."""
-        write_json(self.path(*names) / "cell.json", content)
-
-    def forget(self, *names: Any) -> None:
-        """Have a cell done again."""
-        (self.path(*names) / "cell.json").unlink(missing_ok=True)
-
-    @contextmanager
-    def claim(self, *names: Any) -> Iterator[bool]:
-        """Whether the cell is this process's to do; it is nobody else's for the length of the block.
-
-        A claim of a process that died is taken over.
-        """
-        path = self.path(*names) / "claim"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        owned = _create(path) or (_is_stale(path) and _take_over(path))
-        try:
-            yield owned
-        finally:
-            if owned:
+    def forget_failures(self) -> None:
+        """Have what failed in an earlier run done again."""
+        for path in self.folder.rglob("*.safetensors"):
+            if _content(path)["error"] is not None:
                 path.unlink(missing_ok=True)
 
-    # ---- tensors -----------------------------------------------------------------------------------------------------
 
-    def save_trained(self, weights: dict[str, Tensor], state: dict[str, Tensor], *names: Any) -> None:
-        """Keep an adapter's weights and a method's state."""
-        tensors = {
-            **{_WEIGHTS + name: value for name, value in weights.items()},
-            **{_STATE + name: value for name, value in state.items()},
-        }
-        kept = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-        path = self.path(*names) / "trained.safetensors"
-        part = path.with_name(f".{os.getpid()}.part")
-        save_file(kept, part)
-        os.replace(part, path)
-
-    def load_trained(self, *names: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weights and the state of :meth:`save_trained`."""
-        tensors = load_file(self.path(*names) / "trained.safetensors")
-        weights = {name[len(_WEIGHTS) :]: value for name, value in tensors.items() if name.startswith(_WEIGHTS)}
-        return weights, {name[len(_STATE) :]: value for name, value in tensors.items() if name.startswith(_STATE)}
+def _content(path: Path) -> Content:
+    with safe_open(path, "pt") as file:
+        content: Content = json.loads(file.metadata()["content"])
+    return content
 
 
 def key_of(hyper: Mapping[str, float]) -> str:
-    """A name for hyperparameters, fit for a folder."""
-    text = ",".join(f"{name}={float(value)!r}" for name, value in sorted(hyper.items()))
+    """A name for hyperparameters, fit for a file."""
+    text = ",".join(f"{name}={float(value)!r}" for name, value in sorted(hyper.items())) or "none"
     return text if len(text) <= 100 else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write it in one piece, so that nobody reads a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write JSON with a line for every key, or for every item of a list: small, and compared line by line."""
+    lines = []
+    for key, value in record.items():
+        items = ",\n".join(map(_dump, value)) if isinstance(value, list) else ""
+        lines.append(f"{_dump(key)}:" + (f"[\n{items}\n]" if items else _dump(value)))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    os.replace(part, path)  # nobody reads a half
 
 
-def _create(path: Path) -> bool:
-    part = path.with_name(f".claim.{os.getpid()}")
-    part.write_text(str(os.getpid()), encoding="utf-8")
-    try:
-        os.link(part, path)  # unlike a file that is opened and then written, it is never seen empty
-    except FileExistsError:
-        return False
-    finally:
-        part.unlink()
-    return True
-
-
-def _is_stale(path: Path) -> bool:
-    """Whether the process that claimed is gone."""
-    try:
-        owner = int(path.read_text(encoding="utf-8"))
-        if owner == os.getpid():
-            return True
-        os.kill(owner, 0)
-    except (ProcessLookupError, ValueError, FileNotFoundError):
-        return True
-    except PermissionError:
-        return False
-    return False
-
-
-def _take_over(path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    return _create(path)
+def _dump(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

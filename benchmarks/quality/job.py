@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -48,8 +49,6 @@ class Job:
     note: Callable[[str], None] = lambda text: None
     passes: int = 0
 
-    # ---- training ----------------------------------------------------------------------------------------------------
-
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's parameters, in the model's order."""
@@ -91,6 +90,7 @@ class Job:
             Interrupted: Ctrl-C was pressed.
         """
         seed = self.seed if seed is None else seed
+        count = itertools.count(1)
         done = training.train(
             optimizer,
             self.model,
@@ -99,7 +99,7 @@ class Job:
             steps=self.steps,
             seed=seed,
             guard=self.guard,
-            on_step=self._on_step(),
+            on_step=lambda loss: self.note(f"step {next(count)} of {self.steps}, loss {loss:.3f}"),
             around=around,
             schedule=schedule,
             after_step=after_step,
@@ -107,21 +107,9 @@ class Job:
         self.guard.check()
         return done
 
-    def _on_step(self) -> Callable[[float], None]:
-        count = 0
-
-        def tell(loss: float) -> None:
-            nonlocal count
-            count += 1
-            self.note(f"step {count} of {self.steps}, loss {loss:.3f}")
-
-        return tell
-
     def cross_entropy(self, batch: Batch) -> Tensor:
         """Mean negative log-likelihood of the labels under the model as it is, in nats."""
         return training.cross_entropy(self.scorer, batch)
-
-    # ---- prediction --------------------------------------------------------------------------------------------------
 
     def batches(self, examples: EncodedExamples, batch_size: int = PREDICTION_BATCH) -> Iterator[Batch]:
         """Every example once, short ones first; `index` of a batch says which ones.
@@ -137,12 +125,7 @@ class Job:
 
     @torch.no_grad()
     def logits(self, examples: EncodedExamples, *, evaluating: bool = True) -> Tensor:
-        """Class logits float64 ``[examples, classes]`` under the weights as they are.
-
-        Args:
-            examples: To predict.
-            evaluating: Whether to set the model to evaluation mode; otherwise its modes stay.
-        """
+        """Class logits float64 ``[examples, classes]`` under the weights as they are, in evaluation mode or as it is."""
         if evaluating:
             self.model.eval()
         found = [(batch.index, self.scorer(batch).double().cpu()) for batch in self.batches(examples)]
@@ -152,9 +135,7 @@ class Job:
     def average(self, examples: EncodedExamples, sampled: Callable[[int], AbstractContextManager[Any]]) -> Tensor:
         """Class probabilities float64 ``[examples, classes]``, averaged over the job's samples.
 
-        Args:
-            examples: To predict.
-            sampled: ``sampled(k)`` holds sample ``k`` in the model for the length of a block.
+        ``sampled(k)`` holds sample ``k`` in the model for the length of a block.
         """
         total = torch.zeros(())
         self.model.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -17,50 +17,40 @@ State = dict[str, Tensor]
 """What predictions need beside the adapter's weights; counted as the method's extra parameters."""
 
 
+@dataclass(frozen=True)
 class Method(ABC):
-    """One way of finetuning and predicting. The name of its file is its name.
+    """One way of finetuning and predicting.
 
     The harness calls :meth:`train` in a model whose adapter is at the start that the seed gives, keeps the adapter's
     weights and the state, and calls :meth:`predict` with both in place, also in a later process. A method with a `base`
     trains nothing of its own: it predicts from what the base has trained, with the base's hyperparameters.
+
+    Attributes:
+        name: In options and records.
+        title: In tables and plots.
+        source: Where it is described: a paper, equation or section.
+        base: The method whose trained weights and state this one takes.
+        ablation: Whether it is here to take something away from IVON, not as a way that anyone would choose.
+        candidates: What training may use, the most promising first: one run each on the validation split, at most
+            `BUDGET`.
+        dials: Settings that need no training; chosen for every trained model on the validation split, at most
+            `DIAL_BUDGET`.
     """
 
-    title: ClassVar[str]
-    """In tables and plots."""
-    source: ClassVar[str]
-    """Where it is described: a paper, equation or section."""
-    ablation: ClassVar[bool] = False
-    """Whether it is here to take something away from IVON, not as a way that anyone would choose."""
-    base: ClassVar[str | None] = None
-    """The method whose trained weights and state this one takes."""
-    candidates: ClassVar[Sequence[Hyper]] = ({},)
-    """What training may use, the most promising first: one run each on the validation split, at most `BUDGET`."""
-    dials: ClassVar[Sequence[Hyper]] = ({},)
-    """Settings that need no training; chosen for every trained model on the validation split, at most `DIAL_BUDGET`."""
-
-    @property
-    def name(self) -> str:
-        """The name of its file."""
-        return type(self).__module__.rpartition(".")[2]
+    name: str
+    title: str
+    source: str
+    base: str | None = None
+    ablation: bool = False
+    candidates: Sequence[Hyper] = ({},)
+    dials: Sequence[Hyper] = ({},)
 
     def train(self, job: Job, hyper: Hyper) -> State:
-        """Finetune the job's model.
-
-        Args:
-            job: Model, data and seed.
-            hyper: One of the candidates.
-
-        Returns:
-            What :meth:`predict` needs beside the adapter's weights.
-        """
-        raise NotImplementedError(f"{type(self).__name__} trains nothing of its own")
+        """Finetunes the job's model with one of the candidates; returns what :meth:`predict` needs beside it."""
+        raise NotImplementedError(f"{self.name} trains nothing of its own")
 
     def fit(self, job: Job, state: State, hyper: Hyper) -> State:
-        """After training, or on what the base has trained: whatever predictions need from the training examples.
-
-        Returns:
-            The state that :meth:`predict` gets.
-        """
+        """After training: whatever predictions need from the training examples; returns the state for them."""
         return state
 
     @abstractmethod
@@ -78,17 +68,7 @@ class Method(ABC):
         """
 
     def tune(self, job: Job, state: State, hyper: Hyper, validation: EncodedExamples) -> Hyper:
-        """Choose the dials for a trained model, by the negative log-likelihood on the validation split.
-
-        Args:
-            job: As in :meth:`predict`; with fewer samples.
-            state: As there.
-            hyper: The hyperparameters of the training.
-            validation: The validation split, with labels.
-
-        Returns:
-            The chosen ones of the dials alone.
-        """
+        """The dials, and nothing else, of the best likelihood on the validation split; `job` has fewer samples."""
         if len(self.dials) == 1:
             return self.dials[0]
         costs = [job.nll(self.predict(job, state, {**hyper, **dial}, validation), validation) for dial in self.dials]

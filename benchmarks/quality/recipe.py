@@ -7,59 +7,73 @@ The settings are those that decide what IVON does, rather than its arguments, wh
 - the initial Hessian, which decides with `clip_radius` which gradients are clipped;
 - beta2, how fast the Hessian learns.
 
-Candidates fill this space evenly (a Sobol sequence); more of them then lie around the best ones, by the likelihood of
-averaged predictions on the validation split. The best of all are run with other seeds, each with its Hessian frozen
-too.
+Optuna proposes them: points that fill this space evenly (a Sobol sequence), then more where the best ones are (a
+tree-structured Parzen estimator), by the likelihood of averaged predictions on the validation split. The best of all
+are run with other seeds, each with its Hessian frozen too.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
+import optuna
+from filelock import FileLock
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from rich.console import Console
 from torch import Tensor
 
 from benchmarks import UserError
-from benchmarks.quality.bench import Bench, scores_of
-from benchmarks.quality.cells import Cells, key_of
+from benchmarks.finetune.tasks import find_task
+from benchmarks.quality import recipe_report
+from benchmarks.quality.bench import scores_of
+from benchmarks.quality.cells import Content, key_of, write_record
 from benchmarks.quality.method import Hyper
-from benchmarks.quality.methods._ivon import optimizer, posterior_of, predict_each, state_of
-from benchmarks.quality.methods.ivon_frozen import FROZEN
-from benchmarks.quality.settings import SEARCH_SEED
-from benchmarks.quality.units import Unit
+from benchmarks.quality.methods.ivon import FROZEN, optimizer, posterior_of, predict_each, state_of
+from benchmarks.quality.settings import SEARCH_SEED, Settings
+from benchmarks.quality.workshop import Workshop
 
+RECORD, JOURNAL = "recipe.json", "optuna.log"
 CLIP = 1e-3
-STEPS = (1e-4, 3e-3)
-SIGMAS = (0.004, 0.08)
-HESSIANS = (1e-4, 1.0)
-NEAR = (2.0, 3.0, 4.0)
-"""Factors on step, sigma and Hessian, up and down, around a setting that was good."""
 BETA2 = (0.99999, 0.999, 0.99, 0.9)
+SPACE: dict[str, BaseDistribution] = {
+    "step": FloatDistribution(1e-4, 3e-3, log=True),
+    "sigma": FloatDistribution(0.004, 0.08, log=True),
+    "hess_init": FloatDistribution(1e-4, 1.0, log=True),
+    "beta2": CategoricalDistribution(BETA2),
+}
 SAMPLES = (1, 2, 4, 8, 16)
 TEMPERATURES = (0.1, 0.3, 1.0, 3.0, 10.0)
 TRIED, CONFIRMED = "tried", "confirmed"
+EVERYWHERE, NEAR = "everywhere", "near the best"
 
 
 @dataclass(frozen=True)
 class Plan:
     """How many settings a search tries, and how many it runs again.
 
+    Attributes:
+        trials: Tried all over the space.
+        refine: Tried around the best of these.
+        best: Of all, run again with other seeds.
+        given: Tried instead of a search, with as many samples as the confirmations have; see `parse`.
+
     Raises:
         UserError: There is nothing to try, or a number is negative.
     """
 
     trials: int
-    """Tried all over the space."""
     refine: int
-    """Tried around the best of these."""
     best: int
-    """Of all, run again with other seeds."""
     given: tuple[str, ...] = ()
-    """Tried instead of a search, with as many samples as the confirmations have; see `parse`."""
 
     def __post_init__(self) -> None:
         if self.given:
@@ -68,11 +82,10 @@ class Plan:
         elif min(self.trials, self.best) < 1 or self.refine < 0:
             raise UserError("--trials and --best must be at least 1, and --refine at least 0.")
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Content:
         """As JSON can hold it."""
-        return {"best": self.best} | (
-            {"given": list(self.given)} if self.given else {"trials": self.trials, "refine": self.refine}
-        )
+        search = {"given": list(self.given)} if self.given else {"trials": self.trials, "refine": self.refine}
+        return {"best": self.best, **search}
 
 
 def parse(text: str) -> Hyper:
@@ -91,39 +104,10 @@ def parse(text: str) -> Hyper:
         raise UserError(
             f"--try: step, sigma and hess_init must be positive and finite, and beta2 in [0, 1), not '{text}'."
         )
-    return _hyper(step, sigma, hess_init, beta2)
+    return hyper_of(step, sigma, hess_init, beta2)
 
 
-def candidates(count: int) -> list[Hyper]:
-    """The first points of a sequence that fills the space evenly; more of them keep those before."""
-    points = torch.quasirandom.SobolEngine(4, scramble=True, seed=0).draw(count).tolist()
-    return [_from_shares(*point) for point in points]
-
-
-def around(centers: Sequence[Hyper], count: int) -> list[Hyper]:
-    """Points in boxes around the centers: step, sigma and Hessian within `NEAR`, beta2 at most one value off."""
-    points = torch.quasirandom.SobolEngine(4, scramble=True, seed=1).draw(count).tolist()
-    found = []
-    for number, (*shares, rank) in enumerate(points):
-        center = centers[number % len(centers)]
-        step, sigma, hess = (factor ** (2 * share - 1) for share, factor in zip(shares, NEAR, strict=True))
-        near = BETA2.index(center["beta2"]) + math.floor(3 * rank) - 1
-        beta2 = BETA2[min(max(near, 0), len(BETA2) - 1)]
-        deviation = sigma / math.sqrt(center["ess"] * center["hess_init"])
-        found.append(_hyper(step * center["lr"] * CLIP, deviation, hess * center["hess_init"], beta2))
-    return found
-
-
-def _from_shares(step: float, sigma: float, hess: float, beta2: float) -> Hyper:
-    """Settings from a point of the unit cube."""
-    size, deviation, hess_init = (
-        math.exp(math.log(low) + share * math.log(high / low))
-        for share, (low, high) in ((step, STEPS), (sigma, SIGMAS), (hess, HESSIANS))
-    )
-    return _hyper(size, deviation, hess_init, BETA2[int(beta2 * len(BETA2))])
-
-
-def _hyper(step: float, sigma: float, hess_init: float, beta2: float) -> Hyper:
+def hyper_of(step: float, sigma: float, hess_init: float, beta2: float) -> Hyper:
     """IVON's arguments, rounded to two digits, as people write them."""
     hess_init = _rounded(hess_init)
     ess = _rounded(1.0 / (sigma**2 * hess_init))
@@ -134,65 +118,122 @@ def _rounded(value: float) -> float:
     return float(f"{value:.1e}")
 
 
-def frozen(hyper: Hyper) -> Hyper:
-    """The same with a Hessian that never moves."""
-    return {**hyper, "beta2": FROZEN}
+def of_main_job(task: str) -> Hyper:
+    """What ``python -m benchmarks finetune`` uses on the task."""
+    recipe = find_task(task).recipe
+    names = {"lr": "ivon_lr", "ess": "ess", "hess_init": "hess_init", "beta2": "beta2", "clip_radius": "clip_radius"}
+    return {name: getattr(recipe, field) for name, field in names.items()}
+
+
+class Proposals:
+    """What optuna proposes for one task; a journal in a folder keeps it for later and for other processes.
+
+    All of a stage is drawn at once, from what is known before it: which process runs what does not matter.
+    """
+
+    def __init__(self, folder: Path, task: str, lock: FileLock) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._lock = lock
+        with lock:
+            storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+            self._study = optuna.create_study(storage=storage, study_name=task, load_if_exists=True)
+
+    def draw(self, stage: str, count: int) -> list[Hyper]:
+        """The first settings of a stage; more of them keep those before."""
+        everywhere = QMCSampler(scramble=True, seed=0, independent_sampler=RandomSampler(seed=0))
+        sampler: BaseSampler = everywhere if stage == EVERYWHERE else TPESampler(n_startup_trials=1, seed=1)
+        with self._lock:
+            self._study.sampler = sampler
+            for _ in range(count - len(self._of(stage))):
+                self._study.ask(SPACE).set_user_attr("stage", stage)
+            return [hyper_of(**trial.params) for trial in self._of(stage)[:count]]
+
+    def tell(self, runs: Sequence[Content]) -> None:
+        """What settings were worth; of a trial that is told already nothing changes."""
+        worth = {key_of(run["hyper"]): averaged_nll(run) for run in runs}
+        with self._lock:
+            for trial in self._study.get_trials(deepcopy=False):
+                value = worth.get(key_of(hyper_of(**trial.params)))
+                if value is not None:
+                    self._study.tell(trial.number, value, skip_if_finished=True)
+
+    def _of(self, stage: str) -> list[optuna.trial.FrozenTrial]:
+        return [trial for trial in self._study.get_trials(deepcopy=False) if trial.user_attrs.get("stage") == stage]
 
 
 class Recipe:
-    """The search on one task."""
+    """The search on one task, the first of the settings."""
 
-    def __init__(self, task: str, cells: Cells, bench: Bench, seeds: int) -> None:
-        """Plans it.
+    def __init__(self, settings: Settings, workshop: Workshop) -> None:
+        self.task, self._workshop = settings.tasks[0], workshop
+        self._seeds = range(SEARCH_SEED + 1, SEARCH_SEED + 1 + len(settings.seeds))
+        self._few = settings.amounts.search_samples
 
-        Args:
-            task: Its name.
-            cells: Where finished trials are.
-            bench: Of the task.
-            seeds: How many other seeds the best ones are run with.
-        """
-        self.task, self.cells = task, cells
-        self.trials: list[Hyper] = []
-        self._bench, self._seeds = bench, seeds
+    def search(self, plan: Plan, proposals: Proposals) -> tuple[bool, list[Content]]:
+        """Tries settings, one seed each: whether Ctrl-C left it all, and the runs that did not fail."""
+        hypers = [of_main_job(self.task)]
+        if plan.given:
+            hypers += [parse(text) for text in plan.given]
+            return self._do(TRIED, hypers, max(SAMPLES)), self.found(TRIED, hypers)
+        finished = True
+        for stage, count in ((EVERYWHERE, plan.trials), (NEAR, plan.refine)):
+            if finished:
+                hypers += [hyper for hyper in proposals.draw(stage, count) if hyper not in hypers]
+                finished = self._do(TRIED, hypers, self._few)
+                proposals.tell(self.found(TRIED, hypers))
+        return finished, self.found(TRIED, hypers)
 
-    def tries(self, trials: Sequence[Hyper], samples: int | None = None) -> list[Unit]:
-        """More trials, one seed each; with as many samples as the size's searches have, or with so many."""
-        self.trials += [hyper for hyper in trials if hyper not in self.trials]
-        samples = self._bench.amounts.search_samples if samples is None else samples
-        return [self._unit(TRIED, hyper, SEARCH_SEED, samples) for hyper in trials]
+    def confirm(self, hypers: Sequence[Hyper]) -> tuple[bool, list[Content]]:
+        """Runs settings with other seeds and more samples."""
+        return self._do(CONFIRMED, hypers, max(SAMPLES)), self.found(CONFIRMED, hypers)
 
-    def confirmations(self, chosen: Sequence[Hyper]) -> list[Unit]:
-        """Settings that were chosen, with other seeds and more samples."""
-        seeds = range(SEARCH_SEED + 1, SEARCH_SEED + 1 + self._seeds)
-        return [self._unit(CONFIRMED, hyper, seed, max(SAMPLES)) for seed in seeds for hyper in chosen]
+    def found(self, kind: str, hypers: Sequence[Hyper]) -> list[Content]:
+        """The finished runs of these settings that did not fail."""
+        names = [(kind, self.task, key_of(hyper), str(seed)) for hyper in hypers for seed in self._seeds_of(kind)]
+        cells = [self._workshop.cells.read(*each) for each in names]
+        return [cell for cell in cells if cell is not None and cell["error"] is None]
 
-    def _unit(self, kind: str, hyper: Hyper, seed: int, samples: int) -> Unit:
-        cell = (kind, self.task, key_of(hyper), str(seed))
-        return Unit(cell, (), f"seed {seed}: {key_of(hyper)}", lambda: self._run(kind, hyper, seed, samples))
+    def _seeds_of(self, kind: str) -> Sequence[int]:
+        return [SEARCH_SEED] if kind == TRIED else self._seeds
 
-    def _run(self, kind: str, hyper: Hyper, seed: int, samples: int) -> dict[str, Any]:
+    def _do(self, kind: str, hypers: Sequence[Hyper], samples: int) -> bool:
+        return self._workshop.do(
+            [partial(self._cell, kind, hyper, seed, samples) for seed in self._seeds_of(kind) for hyper in hypers]
+        )
+
+    def _cell(self, kind: str, hyper: Hyper, seed: int, samples: int) -> Content:
+        def compute() -> tuple[Content, dict[str, Tensor]]:
+            return self._run(hyper, seed, samples, TEMPERATURES if kind == CONFIRMED else ()), {}
+
+        names = (kind, self.task, key_of(hyper), str(seed))
+        return self._workshop.cell(names, f"seed {seed}: {key_of(hyper)}", compute)
+
+    def _run(self, hyper: Hyper, seed: int, samples: int, temperatures: Sequence[float]) -> Content:
         begin = time.perf_counter()
-        job = self._bench.job(seed, samples)
+        bench = self._workshop.bench(self.task)
+        validation = bench.validation
+        job = bench.job(seed, samples)
         job.restart()
         found = optimizer(job, hyper)
         job.finetune(found)
         state = state_of(found.posterior(job.model))
-        diagnostics = found.diagnostics()[0]
+        diagnostics: dict[str, Any] = found.diagnostics()[0]
         posterior = posterior_of(job, state, hyper)
-        validation = self._bench.validation
+
+        def scores(each: Tensor) -> dict[str, float | None]:
+            return scores_of(each.mean(0), validation.labels, None)
+
         each = predict_each(job, posterior, validation.encoded, samples)
-        temperatures = TEMPERATURES if kind == CONFIRMED else ()
         tempered = {
-            f"{value:g}": self._scores(
-                predict_each(job, posterior.tempered(value), validation.encoded, self._bench.amounts.search_samples)
-            )
+            f"{value:g}": scores(predict_each(job, posterior.tempered(value), validation.encoded, self._few))
             for value in temperatures
         }
+        counts = sorted({count for count in SAMPLES if count <= samples} | {samples})
         return {
             "hyper": dict(hyper),
             "seed": seed,
-            "mean": self._scores(predict_each(job, posterior, validation.encoded, 0)),
-            "samples": {str(count): self._scores(each[:count]) for count in _counts(samples)},
+            "mean": scores(predict_each(job, posterior, validation.encoded, 0)),
+            "samples": {str(count): scores(each[:count]) for count in counts},
             "temperatures": tempered,
             "clipped": diagnostics["clipped"],
             "hess_over_init": {f"{level:g}": value for level, value in diagnostics["hess_over_init"].items()},
@@ -200,31 +241,31 @@ class Recipe:
             "error": None,
         }
 
-    def _scores(self, each: Tensor) -> dict[str, float | None]:
-        return scores_of(each.mean(0), self._bench.validation.labels, None)
 
-    # ---- what was found ----------------------------------------------------------------------------------------------
-
-    def found(self, kind: str, hypers: Sequence[Hyper]) -> Iterator[dict[str, Any]]:
-        """The finished runs of these settings that did not fail."""
-        seeds = [SEARCH_SEED] if kind == TRIED else range(SEARCH_SEED + 1, SEARCH_SEED + 1 + self._seeds)
-        for hyper in hypers:
-            for seed in seeds:
-                content = self.cells.read(kind, self.task, key_of(hyper), str(seed))
-                if content is not None and content["error"] is None:
-                    yield content
-
-    def best(self, count: int) -> list[Hyper]:
-        """The settings with the best likelihood of averaged predictions, of those tried."""
-        runs = sorted(self.found(TRIED, self.trials), key=averaged_nll)
-        return [run["hyper"] for run in runs[:count]]
-
-
-def averaged_nll(run: dict[str, Any]) -> float:
+def averaged_nll(run: Content) -> float:
     """Negative log-likelihood of the predictions that average all samples of a run."""
-    scores = run["samples"]
-    return float(scores[max(scores, key=int)]["nll"])
+    return float(recipe_report.averaged(run)["nll"])
 
 
-def _counts(samples: int) -> list[int]:
-    return sorted({count for count in SAMPLES if count <= samples} | {samples})
+def run(settings: Settings, plan: Plan, console: Console) -> bool:
+    """Tries, confirms and reports; False when Ctrl-C cut it short.
+
+    Raises:
+        UserError: Model, data or device cannot be had.
+    """
+    with Workshop(settings, console) as workshop:
+        recipe = Recipe(settings, workshop)
+        proposals = Proposals(settings.out, recipe.task, workshop.cells.lock("proposals"))
+        finished, tried = recipe.search(plan, proposals)
+        chosen = [run["hyper"] for run in sorted(tried, key=averaged_nll)[: plan.best]]
+        confirmed: list[Content] = []
+        for hypers in (chosen, [{**hyper, "beta2": FROZEN} for hyper in chosen]):
+            if finished:
+                finished, runs = recipe.confirm(hypers)
+                confirmed += runs
+    record = {**workshop.about(finished, plan.record()), "tried": tried, "confirmed": confirmed}
+    write_record(settings.out / RECORD, record)
+    recipe_report.print_tables(console, record)
+    recipe_report.write_report(record, settings.out)
+    console.print(f"Record and report: {settings.out / RECORD}, {settings.out / 'recipe.md'}", soft_wrap=True)
+    return finished

@@ -3,102 +3,88 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.axes import Axes
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.quality.methods.ivon_frozen import FROZEN
-from benchmarks.quality.recipe import averaged_nll
+from benchmarks.quality.methods.ivon import FROZEN
+from benchmarks.quality.summary import METRICS
+from benchmarks.quality.tables import RANKED, table
 from ivon_kernels.report.plots import BLUE, GREY
 
-Run = Mapping[str, Any]
-SETTINGS: dict[str, tuple[str, Callable[[Run], float]]] = {
-    "step": ("step: lr * clip_radius", lambda run: run["hyper"]["lr"] * run["hyper"]["clip_radius"]),
-    "sigma": ("sigma: 1 / sqrt(ess * hess_init)", lambda run: _sigma(run["hyper"])),
-    "hess_init": ("hess_init", lambda run: run["hyper"]["hess_init"]),
-    "beta2": ("1 - beta2", lambda run: 1.0 - run["hyper"]["beta2"]),
-    "clipped": ("share of elements that the clip binds", lambda run: run["clipped"]),
-    "learned": ("how far the Hessian moved: 95% / 5% quantile", lambda run: _spread(run)),
+AXES = {
+    "step": "step: lr * clip_radius",
+    "sigma": "sigma: 1 / sqrt(ess * hess_init)",
+    "hess_init": "hess_init",
+    "forgets": "1 - beta2",
+    "clipped": "share of elements that the clip binds",
+    "spread": "how far the Hessian moved: 95% / 5% quantile",
 }
 HEADERS = ("lr", "ess", "hess_init", "beta2", "sigma", "clipped", "hess 5% to 95%")
-SCORES = ("accuracy", "NLL", "ECE")
-NAMES = ("accuracy", "nll", "ece")
+_HYPER = ["lr", "ess", "hess_init", "beta2", "clip_radius"]
+_SCORES = [f"{part}: {METRICS[key].title}" for part in ("mean", "averaged") for key in RANKED]
+_TERMINAL = [*HEADERS[:4], "clipped", "mean: NLL", "mean: ECE", "averaged: NLL", "averaged: ECE"]
 
 
-def _sigma(hyper: Mapping[str, float]) -> float:
-    return 1.0 / math.sqrt(hyper["ess"] * hyper["hess_init"])
-
-
-def _spread(run: Run) -> float:
-    quantiles = run["hess_over_init"]
-    return float(quantiles["0.95"] / quantiles["0.05"]) if quantiles["0.05"] > 0 else math.inf
-
-
-def _averaged(run: Run) -> Mapping[str, float]:
+def averaged(run: Mapping[str, Any]) -> Mapping[str, float]:
+    """Scores of the predictions that average all samples of a run."""
     scores: Mapping[str, Mapping[str, float]] = run["samples"]
     return scores[max(scores, key=int)]
 
 
-def _settings_of(run: Run) -> list[str]:
-    hyper, quantiles = run["hyper"], run["hess_over_init"]
-    beta2 = "frozen" if hyper["beta2"] == FROZEN else f"{hyper['beta2']:g}"
-    return [
-        *(f"{hyper[name]:g}" for name in ("lr", "ess", "hess_init")),
-        beta2,
-        f"{_sigma(hyper):.3f}",
-        f"{run['clipped']:.0%}",
-        f"{quantiles['0.05']:.2f} to {quantiles['0.95']:.2f}",
-    ]
-
-
-def _scores_of(scores: Mapping[str, float]) -> list[str]:
-    return [f"{scores[name]:.3f}" for name in NAMES]
-
-
-def tried_rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """A row for every setting that was tried, the best averaged likelihood first."""
-    runs = sorted(record["tried"], key=averaged_nll)
-    return [[*_settings_of(run), *_scores_of(run["mean"]), *_scores_of(_averaged(run))] for run in runs]
-
-
-def confirmed_rows(record: Mapping[str, Any]) -> list[list[str]]:
-    """A row for every setting that was run with other seeds: mean and standard error over them."""
+def frame(runs: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """A row for every run: its settings, what they did, and its scores."""
     rows = []
-    for runs in _by_setting(record["confirmed"]).values():
-        parts = ([run["mean"] for run in runs], [_averaged(run) for run in runs])
-        cells = [_with_error([scores[name] for scores in part]) for part in parts for name in NAMES]
-        rows.append([*_settings_of(runs[0]), *cells])
-    return rows
-
-
-def _by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        found[str(sorted(run["hyper"].items()))].append(run)
-    return found
+        hyper, (low, high) = run["hyper"], (run["hess_over_init"][level] for level in ("0.05", "0.95"))
+        values = [scores[key] for scores in (run["mean"], averaged(run)) for key in RANKED]
+        about = {
+            "step": hyper["lr"] * hyper["clip_radius"],
+            "sigma": 1.0 / math.sqrt(hyper["ess"] * hyper["hess_init"]),
+            "forgets": 1.0 - hyper["beta2"],
+            "clipped": run["clipped"],
+            "low": low,
+            "high": high,
+            "spread": high / low if low > 0 else math.inf,
+        }
+        rows.append({**hyper, **about, **dict(zip(_SCORES, values, strict=True))})
+    return pd.DataFrame(rows)
 
 
-def _with_error(values: Sequence[float]) -> str:
-    error = f" ± {stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{error}"
+def tables_of(record: Mapping[str, Any]) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Title and table, as text: confirmed settings with the error over their seeds, and tried ones, the best first."""
+    if record["confirmed"]:
+        groups = frame(record["confirmed"]).groupby(_HYPER, sort=False)
+        mean, error = groups[_SCORES].mean(), groups[_SCORES].sem()
+        scores = mean.map("{:.3f}".format) + error.map(lambda value: "" if pd.isna(value) else f" ± {value:.3f}")
+        yield "Run again with other seeds (mean and standard error over the seeds)", _text(groups.head(1), scores)
+    if record["tried"]:
+        runs = frame(record["tried"]).sort_values("averaged: NLL", kind="stable")
+        yield "Every setting that was tried, one seed", _text(runs, runs[_SCORES].map("{:.3f}".format))
+
+
+def _text(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    shown = runs[["lr", "ess", "hess_init"]].map("{:g}".format)
+    shown["beta2"] = runs["beta2"].map(lambda value: "frozen" if value == FROZEN else f"{value:g}")
+    shown["sigma"] = runs["sigma"].map("{:.3f}".format)
+    shown["clipped"] = runs["clipped"].map("{:.0%}".format)
+    shown[HEADERS[-1]] = runs["low"].map("{:.2f}".format) + " to " + runs["high"].map("{:.2f}".format)
+    return shown.assign(**{name: scores[name].to_numpy() for name in _SCORES})
 
 
 def print_tables(console: Console, record: Mapping[str, Any]) -> None:
     """What was tried and what was confirmed, for a terminal of 80 columns; the page has every column."""
-    kept = [0, 1, 2, 3, 5, 8, 9, 11, 12]
-    headers = [*HEADERS, *(f"{score}, mean" for score in SCORES), *(f"{score}, samples" for score in SCORES)]
-    for title, rows in (("Tried", tried_rows(record)), ("Confirmed with other seeds", confirmed_rows(record))):
-        if rows:
-            lines = [f"# {title}, validation split", "", *_table([[row[i] for i in kept] for row in [headers, *rows]])]
-            console.print(Markdown("\n".join(lines)))
+    header = [name.replace("averaged", "samples") for name in _TERMINAL]
+    for title, rows in reversed(list(tables_of(record))):
+        title = f"# {title.partition(' (')[0]}, validation split"
+        lines = [title, "", *table(header, rows[_TERMINAL].to_numpy().tolist(), left=0)]
+        console.print(Markdown("\n".join(lines)))
 
 
 def write_report(record: Mapping[str, Any], folder: Path) -> None:
@@ -120,13 +106,8 @@ def write_report(record: Mapping[str, Any], folder: Path) -> None:
     if record["confirmed"]:
         draw_confirmed(record).savefig(folder / "recipe_confirmed.png", dpi=150)
         lines += ["![likelihood against samples and temperature](recipe_confirmed.png)", ""]
-    for title, rows in (
-        ("Run again with other seeds (mean and standard error over the seeds)", confirmed_rows(record)),
-        ("Every setting that was tried, one seed", tried_rows(record)),
-    ):
-        if rows:
-            headers = [*HEADERS, *(f"mean: {s}" for s in SCORES), *(f"averaged: {s}" for s in SCORES)]
-            lines += [f"## {title}", "", *_table([headers, *rows]), ""]
+    for title, rows in tables_of(record):
+        lines += [f"## {title}", "", *table([*HEADERS, *_SCORES], rows.to_numpy().tolist(), left=0), ""]
     (folder / "recipe.md").write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -137,48 +118,44 @@ def _command(settings: Mapping[str, Any]) -> str:
     return " ".join([*parts, *(f"--try {text}" for text in settings.get("given", []))])
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown of a table; the first row is its head."""
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return [head, f"|{' ---: |' * len(rows[0])}", *body]
-
-
 def draw_tried(record: Mapping[str, Any]) -> Figure:
     """The likelihood of every setting that was tried against each of the settings, at the mean and averaged."""
+    runs = frame(record["tried"])
     figure = Figure(figsize=(11, 6), layout="constrained")
-    for number, (axis, (title, value)) in enumerate(zip(figure.subplots(2, 3).flat, SETTINGS.values(), strict=True)):
-        xs = [value(run) for run in record["tried"]]
-        axis.scatter(xs, [run["mean"]["nll"] for run in record["tried"]], s=16, color=GREY, label="at the mean")
-        axis.scatter(xs, [averaged_nll(run) for run in record["tried"]], s=16, color=BLUE, label="averaged")
-        if "share" not in title:
+    for axis, (name, title) in zip(figure.subplots(2, 3).flat, AXES.items(), strict=True):
+        for part, color, label in (("mean", GREY, "at the mean"), ("averaged", BLUE, "averaged")):
+            axis.scatter(runs[name], runs[f"{part}: NLL"], s=16, color=color, label=label)
+        if name != "clipped":
             axis.set_xscale("log")
             axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel(title, fontsize=9)
         axis.set_ylabel("NLL (nats)", fontsize=9)
         axis.grid(visible=True, alpha=0.3)
-        if number == 0:
-            axis.legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8)
     return figure
 
 
 def draw_confirmed(record: Mapping[str, Any]) -> Figure:
     """NLL and ECE against the number of samples, and against the temperature; one line for each setting."""
+    long = pd.DataFrame(
+        {"kind": kind, "x": float(key), "nll": scores["nll"], "ece": scores["ece"], **run["hyper"]}
+        for run in record["confirmed"]
+        for kind in ("samples", "temperatures")
+        for key, scores in run[kind].items()
+    )
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     colors: dict[str, str] = {}
-    for runs in _by_setting(record["confirmed"]).values():
-        hyper = runs[0]["hyper"]
-        name = f"lr {hyper['lr']:g}, sigma {_sigma(hyper):.2g}, hess_init {hyper['hess_init']:g}"
-        color = colors.setdefault(name, f"C{len(colors)}")
-        style = {"color": color, "linestyle": ":" if hyper["beta2"] == FROZEN else "-", "marker": "o", "markersize": 4}
-        for row, score in enumerate(("nll", "ece")):
-            for column, kind in enumerate(("samples", "temperatures")):
-                _line(axes[row][column], runs, kind, score, style)
+    for (lr, ess, hess_init, beta2, *_), runs in long.groupby(_HYPER, sort=False):
+        name = f"lr {lr:g}, sigma {1.0 / math.sqrt(ess * hess_init):.2g}, hess_init {hess_init:g}"
+        style = {"color": colors.setdefault(name, f"C{len(colors)}"), "linestyle": ":" if beta2 == FROZEN else "-"}
+        for column, kind in enumerate(("samples", "temperatures")):
+            means = runs[runs["kind"] == kind].groupby("x")[["nll", "ece"]].mean()
+            for row, score in enumerate(means):
+                axes[row][column].plot(means.index, means[score], marker="o", markersize=4, **style)
     for column, label in enumerate(("samples that a prediction averages", "temperature")):
         for row, score in enumerate(("NLL (nats)", "ECE")):
-            axes[row][column].set_xscale("log")
-            axes[row][column].set_xlabel(label, fontsize=9)
-            axes[row][column].set_ylabel(score, fontsize=9)
+            axes[row][column].set(xscale="log", xlabel=label, ylabel=score)
             axes[row][column].grid(visible=True, alpha=0.3)
     for name, color in colors.items():
         axes[0][0].plot([], [], color=color, label=name)
@@ -186,12 +163,3 @@ def draw_confirmed(record: Mapping[str, Any]) -> Figure:
         axes[0][0].plot([], [], color=GREY, linestyle=line, label=label)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return figure
-
-
-def _line(axis: Axes, runs: Sequence[Run], kind: str, score: str, style: Mapping[str, Any]) -> None:
-    positions = sorted({float(key) for run in runs for key in run[kind]})
-    if positions:
-        values = [
-            mean(run[kind][key][score] for run in runs for key in run[kind] if float(key) == x) for x in positions
-        ]
-        axis.plot(positions, values, **style)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
+from scipy import stats
 
-from benchmarks.quality import tables
-from benchmarks.quality.summary import ALL, BASELINE, ERRORS, IN, METRICS, Summary
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from benchmarks.quality import pictures, tables
+from benchmarks.quality.summary import ALL, BASELINE, ERRORS, GROUPS, METRICS, VOTES, Summary
 
 PAGE = "report.md"
 _SIZES = {
@@ -26,6 +24,8 @@ _SIZES = {
     "shift_size": "{} of every shifted domain",
     "samples": "{} samples where a method samples",
 }
+_TERMINAL = (*tables.RANKED, VOTES)
+_TERMINAL_COSTS = ("extra_parameters", "predict_ms_per_example", "train_seconds", "fit_seconds")
 _SEED_LIMIT = 30  # from here on, Student's distribution is the normal one
 
 
@@ -34,8 +34,8 @@ def print_tables(console: Console, record: dict[str, Any]) -> None:
     summary = Summary(record)
     parts = ["# Quality of predictions", *_state(summary), "", *tables.domains(summary)]
     for view in summary.views:
-        parts += ["", f"## {view}", *_scores(summary, view, tables.TERMINAL, tables.RANKED)]
-        parts += ["", "### Costs", "", *tables.costs(summary, view, tables.TERMINAL_COSTS)]
+        parts += ["", f"## {view}", *_scores(summary, view, _TERMINAL, tables.RANKED)]
+        parts += ["", "### Costs", "", *tables.costs(summary, view, _TERMINAL_COSTS)]
     console.print(Markdown("\n".join([*parts, *_problems(summary)])))
 
 
@@ -88,8 +88,6 @@ def _what_was_run(summary: Summary) -> Iterator[str]:
 
 def _meaning_of_errors(seeds: int) -> str:
     """How often chance alone makes a difference "decided", by Student's distribution."""
-    from scipy import stats
-
     if seeds < 2:
         return "One seed has no standard error over seeds: no difference here is decided."
     chance = 2 * stats.t.sf(ERRORS, seeds - 1)
@@ -114,7 +112,7 @@ def _scores(summary: Summary, task: str, wanted: Sequence[str], compared: Sequen
         if any(summary.score(task, group, BASELINE, key) for key in keys):
             yield from ("", f"### Difference to AdamW {group}, paired by seed", "")
             yield from tables.differences(summary, task, group, [key for key in compared if key in keys])
-    yield from ("", f"{tables.legend(summary, task)} {tables.marks()}")
+    yield from ("", f"{_legend(summary, task)}")
 
 
 def _ranks_and_costs(summary: Summary, task: str) -> Iterator[str]:
@@ -127,33 +125,30 @@ def _ranks_and_costs(summary: Summary, task: str) -> Iterator[str]:
     yield "Training is the base's where a method takes a base's training. Passes of the model are those of one example."
 
 
+def _legend(summary: Summary, task: str) -> str:
+    """What the numbers and marks of a score table are."""
+    text = (
+        "Mean over seeds ± its standard error; the best mean of each column is bold. NLL in nats; ECE over 10 equal "
+        "bins of the confidence, adaptive ECE over 10 bins of equally many examples; Brier summed over the classes (0 "
+        "to 2); AUROC of errors: does confidence tell right from wrong (0.5: not at all); selective accuracy: on the "
+        "most confident 80%."
+    )
+    if any(VOTES in summary.metrics(task, group) for group in GROUPS):
+        text += " Votes: cross-entropy to the shares of the raters' votes, in nats; at least the votes' own entropy."
+    if task == ALL:
+        text += " A seed of a method counts here only with a value in every task that has the metric."
+    return text + (
+        f" {tables.BETTER} better, {tables.WORSE} worse than AdamW by more than {ERRORS:g} standard errors of the "
+        "paired difference."
+    )
+
+
 def _pictures(summary: Summary, task: str, folder: Path) -> Iterator[str]:
     """Draws the pictures of a view, and yields the lines that show them."""
-    from benchmarks.quality import pictures
-
     suffix = "" if task == summary.views[0] else f"_{task}"
-    groups = summary.groups(task)
-    if not groups:
-        return
-
-    def show(figure: Figure, name: str, caption: str) -> Iterator[str]:
+    for name, caption, figure in pictures.of_view(summary, task):
         figure.savefig(folder / f"{name}{suffix}.png", dpi=pictures.DPI)
         yield from ("", f"![{name.replace('_', ' ')}, {task}]({name}{suffix}.png)", "", caption)
-
-    for group in groups:
-        name = "pareto" if group == IN else "pareto_shift"
-        caption = (
-            f"ECE and NLL {group} against what they cost; bars are one standard error over seeds. On the dashed line "
-            "lies what nothing else beats in both."
-        )
-        yield from show(pictures.pareto(summary, task, group), name, caption)
-    if IN in groups:
-        yield from show(pictures.scores(summary, task), "scores", "One standard error over seeds as bars.")
-        caption = (
-            "Accuracy against confidence, over all seeds together; the area of a dot is the share of the examples in "
-            "its bin. Below the diagonal is overconfidence. The ECE is the mean over the seeds."
-        )
-        yield from show(pictures.reliability(summary, task), "reliability", caption)
 
 
 def _lost(summary: Summary) -> Iterator[str]:
@@ -161,9 +156,12 @@ def _lost(summary: Summary) -> Iterator[str]:
     if not summary.ours:
         yield from ("", "No method of IVON's was run.")
         return
-    found = summary.lost()
-    total = sum(len(summary.metrics(task, group)) for task in summary.tasks for group in summary.groups(task))
-    decided = sum(any(gap is not None and gap.decided for gap in each.ahead.values()) for each in found)
+    found = list(summary.lost())
+    total = len(list(summary.comparisons()))
+    decided = 0
+    for task, group, metric, ours, ahead in found:
+        gaps = [summary.difference(task, group, ours, metric, method) for method in ahead]
+        decided += any(gap is not None and gap.decided for gap in gaps)
     yield ""
     yield (
         f"Of {total} combinations of task, domains and metric, another method has a better mean than every method of "

@@ -25,18 +25,21 @@ MAIN = "vader_nyt"
 
 @dataclass(frozen=True)
 class Size:
-    """How much a study does for every task; None takes what the task's own recipe says."""
+    """How much a study does for every task; None takes what the task's own recipe says.
+
+    Attributes:
+        shift_size: Examples of every domain that was not trained on.
+        samples: Samples that a prediction averages.
+        search_samples: The same, where hyperparameters and dials are chosen.
+    """
 
     steps: int | None
     train_size: int | None
     validation_size: int | None
     test_size: int | None
     shift_size: int | None
-    """Examples of every domain that was not trained on."""
     samples: int
-    """Samples that a prediction averages."""
     search_samples: int
-    """The same, where hyperparameters and dials are chosen."""
     seeds: int
     max_words: int | None = None
     batch_size: int | None = None
@@ -51,16 +54,19 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a study needs to know."""
+    """Everything that a study needs to know.
+
+    Attributes:
+        methods: Empty for all.
+        search: Whether hyperparameters are chosen anew; otherwise they come from `hyperparameters`.
+    """
 
     size: str
     amounts: Size
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
-    """Empty for all."""
     seeds: tuple[int, ...]
     search: bool
-    """Whether hyperparameters are chosen anew; otherwise they come from `hyperparameters`."""
     hyperparameters: Path | None
     model: str | None
     load_in_8bit: bool
@@ -69,15 +75,12 @@ class Settings:
     out: Path
 
     def record(self) -> dict[str, Any]:
-        """The settings as JSON can hold them."""
-        paths = {"out": self.out.name, "hyperparameters": None if self.hyperparameters is None else "file"}
-        return {**asdict(self), **paths, "amounts": self._amounts()}
-
-    def _amounts(self) -> dict[str, Any]:
-        """The amounts, with what the recipes say where all tasks agree."""
+        """The settings as JSON can hold them; the amounts with what the recipes say where all tasks agree."""
         recipes = [asdict(sized(find_task(name), self.amounts).recipe) for name in self.tasks]
         common = {key: value for key, value in recipes[0].items() if all(recipe[key] == value for recipe in recipes)}
-        return {key: common.get(key) if value is None else value for key, value in asdict(self.amounts).items()}
+        amounts = {key: common.get(key) if value is None else value for key, value in asdict(self.amounts).items()}
+        paths = {"out": self.out.name, "hyperparameters": None if self.hyperparameters is None else "file"}
+        return {**asdict(self), **paths, "amounts": amounts}
 
     def identity(self) -> dict[str, Any]:
         """What has to be equal for finished cells to count: tasks, methods and seeds may be added.
@@ -115,16 +118,16 @@ def resolve(
     *,
     size: str,
     tasks: str,
-    methods: str,
     seeds: int | None,
     steps: int | None,
-    search: bool | None,
-    hyperparameters: Path | None,
     model: str | None,
-    load_in_8bit: bool,
     device: str,
     threads: int | None,
     out: Path | None,
+    methods: str = "",
+    search: bool | None = None,
+    hyperparameters: Path | None = None,
+    load_in_8bit: bool = False,
 ) -> Settings:
     """The user's options, checked.
 
@@ -133,7 +136,7 @@ def resolve(
     """
     if size not in SIZES:
         raise UserError(f"Unknown size '{size}'; choose one of {', '.join(SIZES)}.")
-    names = BUNDLED if tasks == "all" else tuple(name.strip() for name in tasks.split(",") if name.strip())
+    names = BUNDLED if tasks == "all" else _listed(tasks)
     for name in names:
         find_task(name)
     if not names:
@@ -148,14 +151,16 @@ def resolve(
     searching = (size != "quick" and hyperparameters is None) if search is None else search
     if searching and hyperparameters is not None:
         raise UserError("--search chooses what --hyperparameters would give: use one of the two.")
+    if not searching and hyperparameters is None and RECORDED.exists():
+        hyperparameters = RECORDED
     return Settings(
         size=size,
         amounts=replace(amounts, seeds=count, steps=amounts.steps if steps is None else steps),
         tasks=names,
-        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        methods=_listed(methods),
         seeds=tuple(range(count)),
         search=searching,
-        hyperparameters=None if searching else _file(hyperparameters),
+        hyperparameters=hyperparameters,
         model=model,
         load_in_8bit=load_in_8bit,
         device=device,
@@ -164,9 +169,8 @@ def resolve(
     )
 
 
-def _file(given: Path | None) -> Path | None:
-    """The file of hyperparameters that was given, or the one that comes with the benchmarks."""
-    return RECORDED if given is None and RECORDED.exists() else given
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def sized(task: Task, amounts: Size) -> Task:

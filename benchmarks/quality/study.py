@@ -1,126 +1,154 @@
-"""A study: every method on every task with every seed, as units of work that are done once each."""
+"""A study: every method on every task with every seed, in parts that are done once each, and its record."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
-from safetensors.torch import save_file
+from rich.console import Console
+from torch import Tensor
 
 from benchmarks import UserError
-from benchmarks.quality.bench import Bench
-from benchmarks.quality.cells import Cells, key_of
+from benchmarks.quality import report
+from benchmarks.quality.cells import Content, key_of, write_record
 from benchmarks.quality.method import Hyper, Method
+from benchmarks.quality.methods import all_methods
 from benchmarks.quality.settings import BUDGET, DIAL_BUDGET, Settings
-from benchmarks.quality.units import Unit
+from benchmarks.quality.workshop import Workshop
 
+RECORD, HYPERPARAMETERS = "quality.json", "hyperparameters.json"
 SEARCH, TRAINED, JUDGED = "search", "trained", "judged"
+_WEIGHTS, _STATE = "weights.", "state."
+
+
+def run(settings: Settings, console: Console) -> bool:
+    """Does what the folder does not have yet, prints the tables and writes everything.
+
+    Returns:
+        False when Ctrl-C cut it short.
+
+    Raises:
+        UserError: Data, model, device, methods or hyperparameters cannot be had.
+    """
+    methods = select(settings.methods)
+    with Workshop(settings, console) as workshop:
+        study = Study(settings, methods, workshop)
+        finished = workshop.do(list(study.parts()))
+    record = {**workshop.about(finished, {}), **study.record()}
+    write_record(settings.out / RECORD, record)
+    chosen = {
+        task: {name: entry["chosen"] for name, entry in found.items()}
+        for task, found in record["hyperparameters"].items()
+    }
+    write_record(settings.out / HYPERPARAMETERS, chosen)
+    report.print_tables(console, record)
+    report.write_report(record, settings.out)
+    console.print(f"Record and report: {settings.out / RECORD}, {settings.out / 'report.md'}", soft_wrap=True)
+    return finished
+
+
+def select(names: tuple[str, ...]) -> dict[str, Method]:
+    """The methods of these names with their bases; all for none.
+
+    Raises:
+        UserError: There is no such method.
+    """
+    found = all_methods()
+    if unknown := [name for name in names if name not in found]:
+        raise UserError(f"Unknown method '{unknown[0]}'; choose from {', '.join(found)}.")
+    wanted = {base for name in names for base in (name, found[name].base)} if names else set(found)
+    return {name: method for name, method in found.items() if name in wanted}
 
 
 class Study:
-    """The units of a study, and what they have found so far."""
+    """The parts of a study, and what they have found so far.
 
-    def __init__(
-        self,
-        settings: Settings,
-        methods: dict[str, Method],
-        cells: Cells,
-        bench: Callable[[str], Bench],
-    ) -> None:
-        """Plans the study.
+    Args:
+        settings: What is studied.
+        methods: By name, each after its base.
+        workshop: Where the parts are done.
 
-        Args:
-            settings: What is studied.
-            methods: By name, each after its base.
-            cells: Where finished units are.
-            bench: Gives the bench of a task.
+    Raises:
+        UserError: A method tries more than all others may.
+    """
 
-        Raises:
-            UserError: A method tries more than all others may.
-        """
-        self.settings, self.methods, self.cells = settings, methods, cells
-        self._given, self._bench = settings.given(), bench
+    def __init__(self, settings: Settings, methods: dict[str, Method], workshop: Workshop) -> None:
+        self.settings, self.methods, self._workshop = settings, methods, workshop
+        self._given = settings.given()
+        self._trainers = [method for method in methods.values() if method.base is None]
         for method in methods.values():
             if len(method.candidates) > BUDGET or len(method.dials) > DIAL_BUDGET:
                 raise UserError(f"{method.name} has more than {BUDGET} candidates or {DIAL_BUDGET} values of a dial.")
-        self.units = list(self._plan())
 
-    # ---- what there is to do -----------------------------------------------------------------------------------------
-
-    def _plan(self) -> Iterator[Unit]:
-        """All units, so that every seed is complete before the next one begins."""
+    def parts(self) -> Iterator[Callable[[], object]]:
+        """All parts, so that every seed is complete before the next one begins."""
         for task in self.settings.tasks:
-            trainers = [method for method in self.methods.values() if method.base is None]
-            if self.settings.search:
-                for method in trainers:
-                    if self._searches(task, method):
-                        for hyper in method.candidates:
-                            yield self._search(task, method, hyper)
+            for method in self._trainers:
+                for hyper in self._searched(method):
+                    yield partial(self._search, task, method, hyper)
             for seed in self.settings.seeds:
-                for method in trainers:
-                    yield self._train(task, method, seed)
+                for method in self._trainers:
+                    yield partial(self._train, task, method, seed)
                 for method in self.methods.values():
-                    yield self._judge(task, method, seed)
+                    yield partial(self._judge, task, method, seed)
 
-    def _search(self, task: str, method: Method, hyper: Hyper) -> Unit:
-        cell = (SEARCH, task, method.name, key_of(hyper))
+    def _searched(self, method: Method) -> tuple[Hyper, ...]:
+        """The candidates that have to be tried before a method is trained."""
+        return tuple(method.candidates) if self.settings.search and len(method.candidates) > 1 else ()
+
+    def _search(self, task: str, method: Method, hyper: Hyper) -> Content:
+        def compute() -> tuple[Content, dict[str, Tensor]]:
+            return self._workshop.bench(task).try_candidate(method, hyper), {}
+
         title = f"{task}: {method.title}, trying {key_of(hyper)}"
-        return Unit(cell, (), title, lambda: self._bench(task).try_candidate(method, hyper))
+        return self._workshop.cell((SEARCH, task, method.name, key_of(hyper)), title, compute)
 
-    def _train(self, task: str, method: Method, seed: int) -> Unit:
-        cell = (TRAINED, task, method.name, str(seed))
+    def _train(self, task: str, method: Method, seed: int) -> Content:
+        for hyper in self._searched(method):
+            self._search(task, method, hyper)
+        hyper = self.chosen(task, method)
 
-        def run() -> dict[str, Any]:
-            content, weights, state = self._bench(task).train(method, self.chosen(task, method), seed)
-            self.cells.save_trained(weights, state, *cell)
-            return content
+        def compute() -> tuple[Content, dict[str, Tensor]]:
+            content, weights, state = self._workshop.bench(task).train(method, hyper, seed)
+            tensors = {_WEIGHTS + name: value for name, value in weights.items()}
+            return content, tensors | {_STATE + name: value for name, value in state.items()}
 
-        return Unit(cell, self._searches(task, method), f"{task}, seed {seed}: training {method.title}", run)
+        title = f"{task}, seed {seed}: training {method.title}"
+        return self._workshop.cell(self._names(TRAINED, task, method, seed), title, compute)
 
-    def _searches(self, task: str, method: Method) -> tuple[tuple[str, ...], ...]:
-        """The cells by which a method's hyperparameters are chosen."""
-        if not self.settings.search or len(method.candidates) == 1:
-            return ()
-        return tuple((SEARCH, task, method.name, key_of(hyper)) for hyper in method.candidates)
+    def _judge(self, task: str, method: Method, seed: int) -> Content:
+        trainer = self.methods[method.base or method.name]
+        trained = self._train(task, trainer, seed)
 
-    def _judge(self, task: str, method: Method, seed: int) -> Unit:
-        cell = (JUDGED, task, method.name, str(seed))
-        trained = (TRAINED, task, method.base or method.name, str(seed))
+        def compute() -> tuple[Content, dict[str, Tensor]]:
+            if trained["error"] is not None:
+                raise RuntimeError(f"its training failed: {trained['error']}")
+            tensors = self._workshop.cells.tensors(*self._names(TRAINED, task, trainer, seed))
+            weights, state = (
+                {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+                for kind in (_WEIGHTS, _STATE)
+            )
+            judged, found = self._workshop.bench(task).judge(method, trained["hyper"], seed, weights, state)
+            return {**judged, "cost": {**trained["cost"], **judged["cost"]}}, found
 
-        def run() -> dict[str, Any]:
-            content = self.cells.read(*trained) or {}
-            if content.get("error") is not None:
-                raise RuntimeError(f"its training failed: {content['error']}")
-            weights, state = self.cells.load_trained(*trained)
-            judged, probabilities = self._bench(task).judge(method, content["hyper"], seed, weights, state)
-            judged["cost"] = {**content["cost"], **judged["cost"]}
-            save_file(probabilities, self.cells.path(*cell) / "probabilities.safetensors")
-            return judged
+        title = f"{task}, seed {seed}: predicting with {method.title}"
+        return self._workshop.cell(self._names(JUDGED, task, method, seed), title, compute)
 
-        return Unit(cell, (trained,), f"{task}, seed {seed}: predicting with {method.title}", run)
-
-    def forget_outdated(self) -> None:
-        """Have done again what was trained with hyperparameters that would not be chosen now: candidates were added."""
-        for unit in self.units:
-            kind, task, name, _ = unit.cell
-            if kind not in (TRAINED, JUDGED):
-                continue
-            method = self.methods[self.methods[name].base or name]
-            complete = all(self.cells.read(*need) is not None for need in self._searches(task, method))
-            content = self.cells.read(*unit.cell)
-            if content is not None and complete and content.get("hyper") != self.chosen(task, method):
-                self.cells.forget(*unit.cell)
+    def _names(self, kind: str, task: str, method: Method, seed: int) -> tuple[str, ...]:
+        """A cell; it has the hyperparameters in its name, so that others, once they are chosen, are another cell."""
+        hyper = self.chosen(task, self.methods[method.base or method.name])
+        return kind, task, method.name, key_of(hyper), str(seed)
 
     # ---- what was found ----------------------------------------------------------------------------------------------
 
-    def tried(self, task: str, method: Method) -> list[dict[str, Any]]:
+    def tried(self, task: str, method: Method) -> list[Content]:
         """The candidates that were tried so far, with their scores on the validation split."""
-        found = []
-        for hyper in method.candidates:
-            content = self.cells.read(SEARCH, task, method.name, key_of(hyper))
-            if content is not None:
-                found.append({"hyper": dict(hyper), "scores": content.get("scores"), "error": content["error"]})
-        return found
+        cells = [self._workshop.cells.read(SEARCH, task, method.name, key_of(h)) for h in method.candidates]
+        return [
+            {"hyper": dict(hyper), "scores": cell.get("scores"), "error": cell["error"]}
+            for hyper, cell in zip(method.candidates, cells, strict=True)
+            if cell is not None
+        ]
 
     def chosen(self, task: str, method: Method) -> Hyper:
         """The hyperparameters that a method is trained with: those of the best likelihood on the validation split."""
@@ -128,21 +156,34 @@ class Study:
         if given is not None:
             return given
         tried = [entry for entry in self.tried(task, method) if entry["error"] is None] if self.settings.search else []
-        if not tried:
-            return method.candidates[0]
-        best: Hyper = min(tried, key=lambda entry: float(entry["scores"]["nll"]))["hyper"]
-        return best
+        best: Hyper = min(tried, key=lambda entry: float(entry["scores"]["nll"]))["hyper"] if tried else {}
+        return best if tried else method.candidates[0]
 
-    def results(self) -> list[dict[str, Any]]:
-        """What was judged so far, task by task, method by method, seed by seed."""
-        found = []
+    def record(self) -> Content:
+        """Methods, hyperparameters and all that was judged so far: task by task, method by method, seed by seed."""
+        about = ("title", "source", "base", "ablation")
+        source = "search" if self.settings.search else "file"
+        cells = []
         for task in self.settings.tasks:
             for method in self.methods.values():
                 for seed in self.settings.seeds:
-                    content = self.cells.read(JUDGED, task, method.name, str(seed))
-                    if content is not None:
-                        empty: dict[str, Any] = {"hyper": {}, "dials": {}, "domains": [], "cost": None}
-                        about = {"task": task, "method": method.name, "seed": seed}
-                        kept = {key: value for key, value in content.items() if key != "traceback"}
-                        found.append({**about, **empty, **kept})
-        return found
+                    found = self._workshop.cells.read(*self._names(JUDGED, task, method, seed))
+                    if found is not None:
+                        found.pop("traceback", None)
+                        empty = {"hyper": {}, "dials": {}, "domains": [], "cost": None}
+                        cells.append({"task": task, "method": method.name, "seed": seed, **empty, **found})
+        return {
+            "methods": {name: {key: getattr(method, key) for key in about} for name, method in self.methods.items()},
+            "hyperparameters": {
+                task: {
+                    method.name: {
+                        "chosen": dict(self.chosen(task, method)),
+                        "tried": self.tried(task, method),
+                        "from": source,
+                    }
+                    for method in self._trainers
+                }
+                for task in self.settings.tasks
+            },
+            "cells": cells,
+        }

@@ -5,13 +5,11 @@ Everything is computed from the record alone, a ``quality.json`` that was read; 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal, get_args
 
-import numpy as np
+import pandas as pd
 
 BASELINE = "adamw"
 """The method that all others are compared with."""
@@ -22,9 +20,12 @@ GROUPS = (IN, SHIFT)
 """Groups of domains. A seed's value under shift is the mean over the shifted domains."""
 ERRORS = 2.0
 """A difference counts as decided beyond this many standard errors."""
+VOTES = "vote_cross_entropy"
 
 Kind = Literal["baseline", "peer", "IVON", "ablation"]
 _KINDS = get_args(Kind)
+_LEVELS = ["task", "group", "method", "metric"]
+_ABOUT_DOMAIN = ("shift", "examples", "vote_entropy", "reliability")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ METRICS = {
     "brier": Metric("Brier"),
     "auroc_errors": Metric("AUROC of errors", higher=True),
     "selective_accuracy": Metric("selective accuracy", higher=True),
-    "vote_cross_entropy": Metric("votes"),
+    VOTES: Metric("votes"),
 }
 """By the fields of `ivon_kernels.predict.metrics.Scores`."""
 
@@ -66,48 +67,22 @@ class Estimate:
     error: float | None
     seeds: tuple[int, ...]
 
-    @staticmethod
-    def of(values: Mapping[int, float]) -> Estimate | None:
-        """The estimate from values by seed; None if there are none."""
-        if not values:
-            return None
-        found = np.array(list(values.values()), dtype=np.float64)
-        error = float(found.std(ddof=1) / len(found) ** 0.5) if len(found) > 1 else None
-        return Estimate(float(found.mean()), error, tuple(values))
-
     @property
     def decided(self) -> bool:
         """Of a difference: whether it exceeds `ERRORS` standard errors. With one seed nothing does."""
         return self.error is not None and abs(self.mean) > ERRORS * self.error
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A task, method and seed that has no scores, and why."""
-
-    task: str
-    method: str
-    seed: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A task, group and metric in which the best of IVON's methods, `ours`, is behind others by the mean."""
-
-    task: str
-    group: str
-    metric: str
-    ours: str
-    ahead: Mapping[str, Estimate | None]
-    """By method, the best first: IVON's value less the method's own, paired by seed; None without a common seed."""
-
-
 class Summary:
     """A record, summarised.
 
-    Args:
-        record: As the harness writes it (schema 1).
+    Attributes:
+        tasks: Names of the tasks.
+        seeds: Of the study.
+        methods: What the record says of each, by kind and title.
+        domains: A row for every cell with scores and domain: its keys, its scores, its reliability diagram.
+        failed: Cells without scores: task, method, seed, reason.
+        missing: The same of combinations that have not run.
 
     Raises:
         ValueError: the record has another schema.
@@ -120,27 +95,49 @@ class Summary:
         self.methods: Mapping[str, Mapping[str, Any]] = record["methods"]
         order = sorted(self.methods, key=lambda method: (_KINDS.index(self.kind(method)), self.title(method)))
         self.methods = {method: self.methods[method] for method in order}
-        cells: Sequence[Mapping[str, Any]] = record["cells"]
-        settings = record["settings"]
+        self.ours = [method for method in order if self.kind(method) == "IVON"]
+        cells, settings = record["cells"], record["settings"]
         self.tasks = list(settings.get("tasks") or dict.fromkeys(cell["task"] for cell in cells))
         self.seeds = list(settings.get("seeds") or sorted({cell["seed"] for cell in cells}))
-        self.failed = [Cell(c["task"], c["method"], c["seed"], c["error"]) for c in cells if c["error"] is not None]
-        known = {(cell["task"], cell["method"], cell["seed"]) for cell in cells}
-        self.missing = [
-            Cell(task, method, seed, "has not run")
-            for task in self.tasks
-            for method in self.methods
-            for seed in self.seeds
-            if (task, method, seed) not in known
+        keys = ["task", "method", "seed"]
+        self.failed = [tuple(c[key] for key in (*keys, "error")) for c in cells if c["error"] is not None]
+        known = {tuple(cell[key] for key in keys) for cell in cells}
+        wanted = pd.MultiIndex.from_product([self.tasks, order, self.seeds])
+        self.missing = [(*cell, "has not run") for cell in wanted if cell not in known]
+        self.cells = {tuple(cell[key] for key in keys): cell for cell in cells if cell["error"] is None}
+        rows = [
+            {**domain["scores"], **domain, **dict(zip(keys, names, strict=True)), "domain": domain["task"]}
+            for names, cell in self.cells.items()
+            for domain in cell["domains"]
         ]
-        self._cells = {(c["task"], c["method"], c["seed"]): c for c in cells if c["error"] is None}
-        self._values: dict[tuple[str, str, str, str], dict[int, float]] = defaultdict(dict)
-        for (task, method, seed), cell in self._cells.items():
-            for group, key, value in self._read(cell):
-                self._values[task, group, method, key][seed] = value
-        self._average_tasks()
+        self.domains = pd.DataFrame(rows, columns=[*keys, "domain", *METRICS, *_ABOUT_DOMAIN])
+        self.domains["group"] = self.domains["shift"].map({False: IN, True: SHIFT})
+        values = _with_mean_of_tasks(pd.concat([self._scores(), self._costs()]))
+        self._values = {key: found.droplevel(_LEVELS) for key, found in values.groupby(_LEVELS)}
+        self._estimates = {key: _estimate(found) for key, found in self._values.items()}
 
-    # ---- what there is -----------------------------------------------------------------------------------------------
+    def _scores(self) -> pd.Series:
+        """By task, group, method, metric and seed: the mean over the domains, of seeds that have them all.
+
+        Domains without votes have none for any method; any other gap leaves the seed out, because a mean over fewer
+        domains could not be compared.
+        """
+        long = self.domains.melt([*_LEVELS[:3], "seed", "vote_entropy"], list(METRICS), "metric")
+        long = long[(long["metric"] != VOTES) | long["vote_entropy"].notna()].astype({"value": float})
+        groups = long.groupby([*_LEVELS, "seed"])["value"]
+        return groups.mean()[groups.count() == groups.size()]
+
+    def _costs(self) -> pd.Series:
+        rows = [
+            (task, COST, method, metric, seed, value)
+            for (task, method, seed), cell in self.cells.items()
+            for metric, value in {
+                **cell["cost"],
+                "ready_seconds": cell["cost"]["train_seconds"] + cell["cost"]["fit_seconds"],
+            }.items()
+        ]
+        frame = pd.DataFrame(rows, columns=[*_LEVELS, "seed", "value"]).astype({"value": float})
+        return frame.set_index([*_LEVELS, "seed"])["value"].dropna()
 
     @property
     def views(self) -> list[str]:
@@ -153,7 +150,7 @@ class Summary:
 
     def metrics(self, task: str, group: str) -> list[str]:
         """The metrics that some method has there, in the order of tables."""
-        return [key for key in METRICS if any((task, group, method, key) in self._values for method in self.methods)]
+        return [key for key in METRICS if any((task, group, name, key) in self._values for name in self.methods)]
 
     def title(self, method: str) -> str:
         """The method's name in tables and plots."""
@@ -168,29 +165,11 @@ class Summary:
             return "ablation"
         return "IVON" if method.startswith("ivon") or about["base"] == "ivon" else "peer"
 
-    @cached_property
-    def ours(self) -> list[str]:
-        """IVON's methods, without ablations."""
-        return [method for method in self.methods if self.kind(method) == "IVON"]
-
-    def cell(self, task: str, method: str, seed: int) -> Mapping[str, Any] | None:
-        """The record's cell; None if it failed or has not run."""
-        return self._cells.get((task, method, seed))
-
-    def examples(self, task: str) -> dict[tuple[str, bool], list[Mapping[str, Any]]]:
-        """Every domain that a task was tested on, by (domain, whether it is shifted), from all cells."""
-        found: dict[tuple[str, bool], list[Mapping[str, Any]]] = defaultdict(list)
-        for (trained, _, _), cell in self._cells.items():
-            if trained == task:
-                for domain in cell["domains"]:
-                    found[domain["task"], domain["shift"]].append(domain)
-        return dict(found)
-
     # ---- numbers -----------------------------------------------------------------------------------------------------
 
     def score(self, task: str, group: str, method: str, metric: str) -> Estimate | None:
         """Mean and error over the seeds; None without a value. With the group `COST`, `metric` is a cost."""
-        return Estimate.of(self._values.get((task, group, method, metric), {}))
+        return self._estimates.get((task, group, method, metric))
 
     def cost(self, task: str, method: str, key: str) -> Estimate | None:
         """Mean and error over the seeds of one of the record's costs, or of `ready_seconds`: training and fit."""
@@ -198,107 +177,78 @@ class Summary:
 
     def difference(self, task: str, group: str, method: str, metric: str, to: str = BASELINE) -> Estimate | None:
         """The mean of `method` less `to`, paired: over the seeds that both have. None without such a seed."""
-        one = self._values.get((task, group, method, metric), {})
-        other = self._values.get((task, group, to, metric), {})
-        return Estimate.of({seed: value - other[seed] for seed, value in one.items() if seed in other})
+        one, other = (self._values.get((task, group, name, metric)) for name in (method, to))
+        return None if one is None or other is None else _estimate((one - other).dropna())
 
     def ranking(self, task: str, group: str, metric: str) -> dict[str, int]:
         """Methods by rank of their mean, the best first; equal ones share the better rank."""
-        means = {m: s.mean for m in self.methods if (s := self.score(task, group, m, metric)) is not None}
-        better = METRICS[metric].better
-        ranks = {m: 1 + sum(better(other, mean) for other in means.values()) for m, mean in means.items()}
-        return dict(sorted(ranks.items(), key=lambda item: item[1]))
+        scores = {method: self.score(task, group, method, metric) for method in self.methods}
+        means = pd.Series({method: score.mean for method, score in scores.items() if score is not None}, dtype=float)
+        ranks = means.rank(method="min", ascending=not METRICS[metric].higher).sort_values(kind="stable")
+        return {str(method): int(rank) for method, rank in ranks.items()}
 
-    def lost(self) -> list[Lost]:
-        """Every task, group and metric in which a method that is not IVON's has a better mean than all of IVON's."""
-        found = []
-        for task, group, metric in self._comparisons():
+    def comparisons(self) -> Iterator[tuple[str, str, str]]:
+        """Every task, group and metric that some method has."""
+        for task in self.tasks:
+            for group in self.groups(task):
+                for metric in self.metrics(task, group):
+                    yield task, group, metric
+
+    def lost(self) -> Iterator[tuple[str, str, str, str, list[str]]]:
+        """Every task, group and metric in which others have a better mean than the best of IVON's methods.
+
+        Yields:
+            With that method, and those that are better, the best first.
+        """
+        for task, group, metric in self.comparisons():
             ranks = self.ranking(task, group, metric)
             ours = next((method for method in ranks if method in self.ours), None)
-            if ours is None:
-                continue
-            better = [method for method in ranks if ranks[method] < ranks[ours]]
-            if better:
-                ahead = {method: self.difference(task, group, ours, metric, method) for method in better}
-                found.append(Lost(task, group, metric, ours, ahead))
-        return found
+            better = [method for method in ranks if ours is not None and ranks[method] < ranks[ours]]
+            if ours is not None and better:
+                yield task, group, metric, ours, better
 
     def tally(self, method: str, other: str) -> tuple[int, int, int]:
         """Over all tasks, groups and metrics: how often `method` is better than `other`, undecided, and worse.
 
         Better and worse are differences beyond `ERRORS` standard errors.
         """
-        better = undecided = worse = 0
-        for task, group, metric in self._comparisons():
+        found = {1: 0, 0: 0, -1: 0}
+        for task, group, metric in self.comparisons():
             gap = self.difference(task, group, method, metric, other)
-            if gap is None:
-                continue
-            ahead = METRICS[metric].better(gap.mean, 0)
-            better += gap.decided and ahead
-            worse += gap.decided and not ahead
-            undecided += not gap.decided
-        return better, undecided, worse
+            if gap is not None:
+                found[0 if not gap.decided else 1 if METRICS[metric].better(gap.mean, 0) else -1] += 1
+        return found[1], found[0], found[-1]
 
-    def reliability(self, task: str, group: str, method: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def reliability(self, task: str, group: str, method: str) -> pd.DataFrame:
         """The reliability diagram over all examples of all seeds and domains together.
 
         Returns:
-            Mean confidence, accuracy and number of examples of each bin that holds any.
+            ``confidence``, ``accuracy`` and ``count`` of each bin that holds any example.
         """
-        sums: dict[int, np.ndarray] = {}
-        for (trained, name, _), cell in self._cells.items():
-            if name != method or task not in (trained, ALL):
-                continue
-            for domain in _of_group(cell, group):
-                points = domain["reliability"]
-                filled = [(number, count) for number, count in enumerate(points["counts"]) if count]
-                for (number, n), confidence, accuracy in zip(
-                    filled, points["confidence"], points["accuracy"], strict=True
-                ):
-                    sums[number] = sums.get(number, np.zeros(3)) + np.array([n * confidence, n * accuracy, n])
-        confidence, accuracy, counts = np.array([sums[number] for number in sorted(sums)]).reshape(-1, 3).T
-        return confidence / counts, accuracy / counts, counts
-
-    # ---- from the record ---------------------------------------------------------------------------------------------
-
-    def _comparisons(self) -> Iterator[tuple[str, str, str]]:
-        for task in self.tasks:
-            for group in self.groups(task):
-                for metric in self.metrics(task, group):
-                    yield task, group, metric
-
-    def _read(self, cell: Mapping[str, Any]) -> Iterator[tuple[str, str, float]]:
-        """Group, key and value of everything that a cell says; what is null has no value."""
-        for group in GROUPS:
-            domains = _of_group(cell, group)
-            for key in METRICS:
-                # Domains without votes have none for any method; any other gap leaves the seed out, because a mean
-                # over fewer domains could not be compared.
-                rated = [d for d in domains if key != "vote_cross_entropy" or d["vote_entropy"] is not None]
-                values = [domain["scores"].get(key) for domain in rated]
-                if values and None not in values:
-                    yield group, key, float(np.mean(values))
-        costs = cell["cost"]
-        ready = {"ready_seconds": costs["train_seconds"] + costs["fit_seconds"]}
-        for key, value in {**costs, **ready}.items():
-            if value is not None:
-                yield COST, key, float(value)
-
-    def _average_tasks(self) -> None:
-        """Enters the mean over the tasks, of the seeds that have a value in each task where any method has one."""
-        keys = list(dict.fromkeys((group, key) for _, group, _, key in self._values))
-        for group, key in keys:
-            tasks = {task for task, g, _, k in self._values if (g, k) == (group, key)}
-            for method in self.methods:
-                by_task = [self._values.get((task, group, method, key), {}) for task in sorted(tasks)]
-                mean = {s: float(np.mean([v[s] for v in by_task])) for s in _common(by_task)}
-                if mean:
-                    self._values[ALL, group, method, key] = mean
+        frame = self.domains
+        chosen = frame[
+            (frame["method"] == method) & (frame["group"] == group) & (frame["task"].eq(task) | (task == ALL))
+        ]
+        rows = []
+        for points in chosen["reliability"]:
+            filled = [(number, count) for number, count in enumerate(points["counts"]) if count]
+            for (number, n), confidence, accuracy in zip(filled, points["confidence"], points["accuracy"], strict=True):
+                rows.append((number, n * confidence, n * accuracy, n))
+        sums = pd.DataFrame(rows, columns=["bin", "confidence", "accuracy", "count"]).groupby("bin").sum()
+        return sums.assign(**{key: sums[key] / sums["count"] for key in ("confidence", "accuracy")})
 
 
-def _of_group(cell: Mapping[str, Any], group: str) -> list[Mapping[str, Any]]:
-    return [domain for domain in cell["domains"] if domain["shift"] == (group == SHIFT)]
+def _estimate(values: pd.Series) -> Estimate | None:
+    if values.empty:
+        return None
+    return Estimate(float(values.mean()), float(values.sem()) if len(values) > 1 else None, tuple(values.index))
 
 
-def _common(values: Sequence[Mapping[int, float]]) -> Iterable[int]:
-    return [seed for seed in values[0] if all(seed in found for found in values)]
+def _with_mean_of_tasks(values: pd.Series) -> pd.Series:
+    """Adds the mean over the tasks, of the seeds that have a value in each task where any method has one."""
+    tasks = values.reset_index().groupby(["group", "metric"])["task"].nunique()
+    groups = values.groupby([*_LEVELS[1:], "seed"])
+    index = groups.size().index
+    complete = groups.size().to_numpy() == tasks.reindex(index.droplevel(["method", "seed"])).to_numpy()
+    mean = groups.mean()[complete]
+    return pd.concat([values, pd.concat({ALL: mean}, names=["task"]).reorder_levels([*_LEVELS, "seed"])])

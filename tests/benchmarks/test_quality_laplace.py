@@ -18,8 +18,8 @@ from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Method, State
-from benchmarks.quality.methods import _laplace, adamw, all_methods
-from benchmarks.quality.methods._laplace import Layers, lora_layers
+from benchmarks.quality.methods import all_methods, laplace
+from benchmarks.quality.methods.laplace import Layers, lora_layers
 from tests.support.finetune_model import save_tiny_model
 
 # laplace-torch's dependencies call what torch has deprecated while they are imported.
@@ -46,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Encode]:
         return EncodedExamples(examples, tokenizer, max_tokens, CPU)
 
     job = Job(adapted, scorer, encode(DATA.train), seed=0, steps=12, batch_size=4, samples=2, guard=InterruptGuard())
-    adamw.AdamW().train(job, {"lr": 2e-2})
+    all_methods()["adamw"].train(job, {"lr": 2e-2})
     return job, encode
 
 
@@ -111,7 +111,7 @@ def test_factors_of_one_token_of_one_example_are_the_fisher_matrix(trained: tupl
     job, encode = trained
     one = encode(DATA.train[:1], max_tokens=1)
     layers = lora_layers(job.model, last_only=False)
-    state = _laplace.fit(replace(job, training_set=one), layers)
+    state = laplace.fit(replace(job, training_set=one), layers)
     logits, slopes = jacobians(job, layers, one)
     values = {name: slope for name, slope in slopes.items() if ".v_proj." in name}  # one token has nothing to attend to
     assert len(values) == 4
@@ -122,9 +122,9 @@ def test_factors_of_one_token_of_one_example_are_the_fisher_matrix(trained: tupl
 
 def test_factors_average_over_examples_of_any_length(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against sums over examples and tokens, written out."""
-    monkeypatch.setattr(_laplace, "RANK", 1000)
+    monkeypatch.setattr(laplace, "RANK", 1000)
     layers = lora_layers(job.model, last_only=False)
-    state = _laplace.fit(job, layers)
+    state = laplace.fit(job, layers)
     lengths = set()
     inputs = {name: torch.zeros(()).double() for name in layers}
     slopes = {name: torch.zeros(()).double() for name in layers}
@@ -160,7 +160,7 @@ def test_covariance_is_that_of_explicit_jacobians(job: Job, examples: EncodedExa
     logits, slopes = jacobians(job, layers, examples)
     contrast = torch.eye(3, dtype=torch.float64) - torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)
     precisions = [0.3, 20.0]
-    mean, covariances = _laplace.moments(job, state, layers, precisions, examples)
+    mean, covariances = laplace.moments(job, state, layers, precisions, examples)
     back = torch.tensor([i for batch in examples.in_length_order(1) for i in batch.index])
     assert_near(mean[back], logits @ contrast.T)
     for delta, covariance in zip(precisions, covariances, strict=True):
@@ -178,22 +178,22 @@ def test_agrees_with_laplace_torch_where_nothing_is_left_out(
 ) -> None:
     from laplace import KronLaplace
 
-    monkeypatch.setattr(_laplace, "RANK", 1000)
+    monkeypatch.setattr(laplace, "RANK", 1000)
     layers = lora_layers(job.model, last_only=True)
-    state = _laplace.fit(job, layers)
-    with _laplace.only_trainable(job.model, layers):
-        theirs = KronLaplace(_laplace._Classifier(job.scorer, layers), "classification", prior_precision=3.0)
-        theirs.fit(_laplace._EqualLengths(job))
-        mean, covariances = _laplace.moments(job, state, layers, [3.0], examples)
+    state = laplace.fit(job, layers)
+    with laplace.only_trainable(job.model, layers):
+        theirs = KronLaplace(laplace._Classifier(job.scorer, layers), "classification", prior_precision=3.0)
+        theirs.fit(laplace._EqualLengths(job))
+        mean, covariances = laplace.moments(job, state, layers, [3.0], examples)
         for batch in examples.in_length_order(1):
             logits, covariance = theirs._glm_predictive_distribution(batch.input_ids)
             contrast = torch.eye(3) - torch.tensor([[0.0, 0.0, 1.0]])
             assert_near(mean[batch.index], (logits @ contrast.T).double())
             assert_near(covariances[0, batch.index], (contrast @ covariance @ contrast.T).double())
 
-    eigenvalues = torch.cat([_laplace._eigenvalues(state, name) for name in layers])
+    eigenvalues = torch.cat([laplace._eigenvalues(state, name) for name in layers])
     squares = sum(layer.weight.detach().double().square().sum().item() for layer in layers.values())
-    ours = [_laplace.log_evidence(delta, eigenvalues, squares) for delta in (0.5, 5.0)]
+    ours = [laplace.log_evidence(delta, eigenvalues, squares) for delta in (0.5, 5.0)]
     expected = [theirs.log_marginal_likelihood(torch.tensor([delta])).item() for delta in (0.5, 5.0)]
     assert math.isclose(ours[1] - ours[0], expected[1] - expected[0], rel_tol=1e-3)
 
@@ -264,12 +264,12 @@ def test_probabilities_average_the_softmax_over_the_gaussian() -> None:
     mean = torch.tensor([[1.5, 0.0], [-0.5, 0.0]], dtype=torch.float64)
     covariance = torch.zeros(2, 2, 2, dtype=torch.float64)
     covariance[:, 0, 0] = torch.tensor([4.0, 9.0])
-    found = _laplace.probabilities(mean, covariance, seed=3)
+    found = laplace.probabilities(mean, covariance, seed=3)
     points = torch.linspace(-10, 10, 20001, dtype=torch.float64)
     density = (-0.5 * points**2).exp()
     for row, (center, variance) in enumerate(((1.5, 4.0), (-0.5, 9.0))):
         expected = (torch.sigmoid(center + math.sqrt(variance) * points) * density).sum() / density.sum()
-        assert abs(found[row, 0] - expected) < 4 * 0.5 / math.sqrt(_laplace.LOGIT_SAMPLES)
+        assert abs(found[row, 0] - expected) < 4 * 0.5 / math.sqrt(laplace.LOGIT_SAMPLES)
 
 
 def test_the_last_layer_is_the_last_block_or_the_output_layer(job: Job) -> None:
@@ -277,8 +277,8 @@ def test_the_last_layer_is_the_last_block_or_the_output_layer(job: Job) -> None:
     assert len(everything) == 8
     assert list(last) == [name for name in everything if ".layers.1." in name] and len(last) == 4
     assert {id(layer.weight) for layer in everything.values()} == {id(p) for p in job.parameters}
-    assert _laplace._block("base_model.model.model.layers.1.mlp.experts.7.up") == "base_model.model.model.layers.1"
-    assert _laplace._block("base_model.model.lm_head") == "base_model.model.lm_head"
+    assert laplace._block("base_model.model.model.layers.1.mlp.experts.7.up") == "base_model.model.model.layers.1"
+    assert laplace._block("base_model.model.lm_head") == "base_model.model.lm_head"
 
 
 def test_says_what_to_install(job: Job, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,10 @@ from benchmarks.finetune import data, model
 from benchmarks.finetune.run import last_word
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
+from benchmarks.quality.adapter import weights, write
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Hyper, State
-from benchmarks.quality.methods import all_methods, blob, ensemble, fixed_noise, swag
-from benchmarks.quality.methods._adapter import weights, write
+from benchmarks.quality.methods import adamw, all_methods, blob, swag
 from ivon_kernels.posterior import fit_temperature
 from tests.support.finetune_model import save_tiny_model
 
@@ -217,20 +217,20 @@ def test_an_ensemble_of_equal_seeds_is_one_member(
 ) -> None:
     job, expected = fitted
     method, hyper = METHODS["ensemble"], METHODS["adamw"].candidates[0]
-    monkeypatch.setattr(ensemble, "SPACING", 0)
+    monkeypatch.setattr(adamw, "SPACING", 0)
     state = method.fit(job, {}, hyper)
     assert torch.equal(state["members"], weights(job).expand(2, -1))
     torch.testing.assert_close(method.predict(job, state, hyper, bench.test), expected, rtol=1e-12, atol=0)
 
 
 def test_an_ensemble_averages_runs_of_adamw(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ensemble, "SPACING", 1)
+    monkeypatch.setattr(adamw, "SPACING", 1)
     found = bench.run("ensemble", 0)
     members = [bench.outcome("adamw", seed).probabilities for seed in (0, 1, 2)]
     torch.testing.assert_close(found.probabilities, sum(members) / 3, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("samples", "members"), [(1, 1), (10, ensemble.MEMBERS)])
+@pytest.mark.parametrize(("samples", "members"), [(1, 1), (10, adamw.MEMBERS)])
 def test_an_ensemble_has_at_most_five_members(bench: Bench, job: Job, samples: int, members: int) -> None:
     job = replace(job, samples=samples, steps=1)
     method, hyper = METHODS["ensemble"], METHODS["adamw"].candidates[0]
@@ -260,7 +260,7 @@ def test_fixed_noise_is_in_the_weights_and_has_its_sigma(job: Job) -> None:
         seen.append(weights(job) - mean)
         return job.cross_entropy(batch)
 
-    job.finetune(optimizer, loss=loss, around=lambda: fixed_noise.noisy(job, 0.5, noise))
+    job.finetune(optimizer, loss=loss, around=lambda: adamw.noisy(job, 0.5, noise))
     draws = torch.stack(seen)
     assert torch.equal(weights(job), mean)
     # standard errors of the mean and of the standard deviation, five of them

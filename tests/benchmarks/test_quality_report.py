@@ -6,14 +6,12 @@ import copy
 import io
 import json
 import re
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.text import Annotation, Text
 from rich.console import Console
 from scipy import stats
 
@@ -169,11 +167,10 @@ def test_ranks_share_ties_and_know_which_direction_is_better() -> None:
 def test_where_ivon_does_not_win() -> None:
     summary = Summary(made())
     assert summary.ours == ["ivon", "ivon_samples"]
-    lost = summary.lost()
-    assert {each.metric for each in lost if each.group == IN} == set(METRICS) - {"auroc_errors"}
-    (nll,) = (each for each in lost if (each.group, each.metric) == (IN, "nll"))
-    assert nll.ours == "ivon_samples" and list(nll.ahead) == ["swag"]
-    gap = nll.ahead["swag"]
+    lost = {(group, metric): (ours, ahead) for _, group, metric, ours, ahead in summary.lost()}
+    assert {metric for group, metric in lost if group == IN} == set(METRICS) - {"auroc_errors"}
+    assert lost[IN, "nll"] == ("ivon_samples", ["swag"])
+    gap = summary.difference(TASK, IN, "ivon_samples", "nll", "swag")
     assert gap is not None and gap.decided
     assert gap.mean == pytest.approx(np.mean(NLL["ivon_samples"]) - np.mean(NLL["swag"]))
     # Eight metrics in two groups.
@@ -205,7 +202,8 @@ def test_one_seed_has_no_error_and_decides_nothing() -> None:
     summary = Summary(made(seeds=1))
     score = summary.score(TASK, IN, "swag", "nll")
     assert score is not None and (score.mean, score.error) == (0.70, None)
-    assert all(not gap.decided for each in summary.lost() for gap in each.ahead.values() if gap is not None)
+    gaps = [summary.difference(TASK, group, "swag", metric) for _, group, metric in summary.comparisons()]
+    assert gaps and not any(gap.decided for gap in gaps if gap is not None)
     assert row(tables.scores(summary, TASK, IN, ["nll"]), r"SWAG \| LoRA")[1] == "**0.700**"
 
 
@@ -219,8 +217,8 @@ def test_failed_and_missing_cells_leave_the_other_seeds_and_are_named() -> None:
     assert (score.mean, score.error) == pytest.approx((0.69, stats.sem([0.70, 0.68])))
     gap = summary.difference(TASK, IN, "swag", "nll", "ivon")
     assert gap is not None and (gap.seeds, gap.error) == ((0,), None)  # the only seed that both have
-    assert [(each.method, each.seed) for each in summary.failed] == [("swag", 1)]
-    assert [(each.method, each.seed) for each in summary.missing] == [("ivon", 2)]
+    assert [cell[1:3] for cell in summary.failed] == [("swag", 1)]
+    assert summary.missing == [(TASK, "ivon", 2, "has not run")]
     lines = tables.scores(summary, TASK, IN, ["nll"])
     assert row(lines, r"SWAG \| LoRA (2 of 3 seeds)") and row(lines, "IVON, mean (2 of 3 seeds)")
     assert row(tables.problems(summary, summary.failed), TASK)[1:] == [r"SWAG \| LoRA", "1", r"RuntimeError: no \| way"]
@@ -251,11 +249,11 @@ def test_reliability_is_pooled_over_seeds_and_domains() -> None:
         "accuracy": [0.3, 0.5],
         "counts": [0] * 6 + [90] + [0] * 2 + [10],
     }
-    confidence, accuracy, counts = Summary(record).reliability(TASK, IN, "adamw")
-    assert counts.tolist() == [120, 90, 90]
-    assert confidence == pytest.approx([0.55, 0.65, 0.95])
-    assert accuracy == pytest.approx([0.5, 0.3, (10 * 0.5 + 40 * 0.80 + 40 * 0.85) / 90])
-    assert Summary(record).reliability(TASK, SHIFT, "adamw")[2].tolist() == [360, 240]
+    pooled = Summary(record).reliability(TASK, IN, "adamw")
+    assert pooled["count"].tolist() == [120, 90, 90]
+    assert pooled["confidence"].tolist() == pytest.approx([0.55, 0.65, 0.95])
+    assert pooled["accuracy"].tolist() == pytest.approx([0.5, 0.3, (10 * 0.5 + 40 * 0.80 + 40 * 0.85) / 90])
+    assert Summary(record).reliability(TASK, SHIFT, "adamw")["count"].tolist() == [360, 240]
 
 
 def test_costs_are_means_and_training_includes_the_fit() -> None:
@@ -359,25 +357,6 @@ def test_the_terminal_fits_eighty_columns() -> None:
 
 def test_methods_come_by_their_kind() -> None:
     assert list(Summary(made()).methods) == ["adamw", "swag", "ivon", "ivon_samples", "noise"]
-
-
-def test_labels_of_the_pareto_plot_cover_no_other_and_no_point() -> None:
-    record = made()
-    for method in METHODS:  # all at nearly one place
-        for seed in range(3):
-            scores = find(record, method, seed)["domains"][0]["scores"]
-            scores["nll"] = scores["ece"] = 0.5 + NLL[method][seed] / 1000
-    fail(record, "noise", 0)
-    summary = Summary(record)
-    figure = pictures.pareto(summary, TASK, IN)
-    for ax in figure.axes:
-        labels = [text for text in ax.texts if isinstance(text, Annotation)]
-        assert [label.get_text() for label in labels] == [summary.title(method) for method in summary.methods]
-        boxes = [Text.get_window_extent(label) for label in labels]
-        assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-        points = [ax.transData.transform(label.xy) for label in labels]
-        assert not any(box.contains(*point) for box in boxes for point in points)
-        assert all(ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1 for box in boxes)
 
 
 def test_the_pareto_front_is_what_nothing_beats_in_both() -> None:

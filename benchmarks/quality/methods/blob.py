@@ -15,7 +15,7 @@ from benchmarks.finetune.data import EncodedExamples
 from benchmarks.finetune.train import linear
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Hyper, Method, State
-from benchmarks.quality.methods._adapter import PREDICTION, TRAINING, dropping_out, generator
+from benchmarks.quality.adapter import PREDICTION, TRAINING, dropping_out, generator
 from benchmarks.quality.methods.adamw import optimizer
 
 PRIOR_SIGMA = 0.2
@@ -25,20 +25,11 @@ PRIOR_SIGMA = 0.2
 class Blob(Method):
     """A is ``N(M, diag(G^2)^2)``; AdamW follows the likelihood, and `kl_lr` sets how fast both follow the prior.
 
-    Published: `lr` 1e-4, `kl_lr` 0.01 and `spread` 0.05 for 5000 steps of batch 4 on Llama-2-7B, without dropout.
+    Both rates fall linearly to zero; the state is G of every A; a sample has the same A for all examples. Published:
+    `lr` 1e-4, `kl_lr` 0.01 and `spread` 0.05 for 5000 steps of batch 4 on Llama-2-7B, without dropout.
     """
 
-    title = "BLoB"
-    source = "Wang et al., NeurIPS 2024, arXiv 2406.11675, section 3"
-    candidates = (
-        {"lr": 4e-3, "kl_lr": 0.003, "spread": 0.05},
-        {"lr": 4e-3, "kl_lr": 0.01, "spread": 0.05},
-        {"lr": 8e-3, "kl_lr": 0.003, "spread": 0.05},
-        {"lr": 2e-3, "kl_lr": 0.003, "spread": 0.05},
-    )
-
     def train(self, job: Job, hyper: Hyper) -> State:
-        """The job's steps; both rates fall linearly to zero. The state is G of every A."""
         noise = generator(job, TRAINING)
         roots = {name: initial_root(layer, hyper["spread"], noise) for name, layer in layers(job).items()}
         adamw = optimizer(job, hyper)
@@ -55,7 +46,6 @@ class Blob(Method):
         return {name: root.detach().clone() for name, root in roots.items()}
 
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        """Averaged over the job's samples; a sample has the same A for all examples."""
         noise = generator(job, PREDICTION)
         return job.average(examples, lambda sample: sampled(job, state, noise))
 
@@ -156,3 +146,16 @@ def sampled(job: Job, roots: State, noise: torch.Generator) -> Iterator[None]:
         with torch.no_grad():
             for layer, mean in means.items():
                 layer.weight.copy_(mean)
+
+
+METHODS = (
+    Blob(
+        "blob",
+        "BLoB",
+        "Wang et al., NeurIPS 2024, arXiv 2406.11675, section 3",
+        candidates=tuple(
+            {"lr": lr, "kl_lr": kl_lr, "spread": 0.05}
+            for lr, kl_lr in ((4e-3, 0.003), (4e-3, 0.01), (8e-3, 0.003), (2e-3, 0.003))
+        ),
+    ),
+)

@@ -1,29 +1,162 @@
-"""IVON, and prediction at the mean of the posterior that it found."""
+"""IVON's ways to train and to predict: one table of variants, which share what they do."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from benchmarks.finetune.data import EncodedExamples
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Hyper, Method, State
-from benchmarks.quality.methods._ivon import optimizer, state_of
+from benchmarks.quality.methods.adamw import TemperatureScaling
+from ivon_kernels import IVON
+from ivon_kernels.gaussians.gaussian import Gaussian
+from ivon_kernels.gaussians.names import weight_names
+from ivon_kernels.posterior import Posterior
+
+STACKED_BATCH = 12
+"""Examples of a forward pass that several samples share."""
+FROZEN = 1 - 2**-40
+"""beta2: what a step adds to the Hessian is below its rounding error."""
 
 
-class IvonMean(Method):
-    """Finetuning with IVON; one pass at the mean costs what AdamW's prediction costs."""
+def optimizer(job: Job, hyper: Hyper) -> IVON:
+    """IVON of the job's parameters, with the paper's switches for LoRA; `hyper` may name any other setting."""
+    settings: dict[str, Any] = {"clip_radius": 1e-3, "beta2": 0.99999, "weight_decay": 0.0, "rescale_lr": False}
+    return IVON(job.parameters, seed=job.seed, **{**settings, **hyper})
 
-    title = "IVON, mean"
-    source = "Cong et al. 2024, arXiv 2411.04421; Shen et al., ICML 2024, arXiv 2402.17641"
-    # The clip binds, so that a step is at most lr times its radius of 1e-3; the rest is as published.
-    candidates = tuple({"lr": lr, "ess": 1e6, "hess_init": 1e-3} for lr in (1.0, 2.0, 4.0, 0.5))
+
+def state_of(posterior: Posterior) -> State:
+    """The Hessian of every weight: one extra number each. The mean is the adapter's weight."""
+    return {name: gaussian.hess for name, gaussian in posterior.items()}
+
+
+def posterior_of(job: Job, state: State, hyper: Hyper) -> Posterior:
+    """The posterior around the weights that the model holds."""
+    known = weight_names(job.model)
+    number = {param: index for index, param in enumerate(job.parameters)}
+    decay = hyper.get("weight_decay", 0.0)
+    gaussians = {}
+    for name, hess in state.items():
+        param = known[name]
+        mean = param.detach().float().clone()
+        gaussians[name] = Gaussian(mean, hess.to(param.device), number[param], hyper["ess"], decay)
+    return Posterior(gaussians, job.seed)
+
+
+def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samples: int) -> Tensor:
+    """Class probabilities under every sample, or at the mean for 0: float64 ``[samples, examples, classes]``."""
+    index: list[int] = []
+
+    def inputs() -> Iterator[dict[str, Tensor]]:
+        for batch in job.batches(examples, STACKED_BATCH):
+            index.extend(batch.index)
+            yield {"input_ids": batch.input_ids, "last": batch.last}
+
+    def score(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        return job.scorer.logits(inputs["input_ids"], inputs["last"])
+
+    found = posterior.predict(
+        job.model, inputs(), samples=samples, score=score, keep_samples=True, progress=False
+    ).sample_probabilities
+    assert found is not None
+    job.passes += (max(samples, 1) - 1) * len(index)  # one for each is counted already
+    return found[:, torch.tensor(index).argsort()]
+
+
+@dataclass(frozen=True)
+class Ivon(Method):
+    """Finetuning with IVON, the rate falling linearly to zero; one pass at the mean costs what AdamW's costs.
+
+    Attributes:
+        fixed: Settings of the training over those of a candidate.
+    """
+
+    fixed: Hyper = field(default_factory=dict)
 
     def train(self, job: Job, hyper: Hyper) -> State:
-        """The job's steps, with a rate that falls linearly to zero."""
-        found = optimizer(job, hyper)
+        found = optimizer(job, {**hyper, **self.fixed})
         job.finetune(found)
         return state_of(found.posterior(job.model))
 
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        """By the mean, which the weights hold."""
         return job.logits(examples).softmax(1)
+
+
+class Samples(Ivon):
+    """Averaged over the job's samples of the posterior, several in a pass, at the dial's temperature if it has one."""
+
+    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        posterior = posterior_of(job, state, hyper).tempered(hyper.get("temperature", 1.0))
+        return predict_each(job, posterior, examples, job.samples).mean(0)
+
+
+class ScaledSamples(TemperatureScaling):
+    """Samples are averaged first, and then one number divides the logs of the average."""
+
+    def logs(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        return predict_each(job, posterior_of(job, state, hyper), examples, job.samples).mean(0).log()
+
+
+class Pruned(Method):
+    """At a mean in which the given fraction of the weights, those with the smallest ``|mean| / sigma``, is 0."""
+
+    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        return predict_each(job, posterior_of(job, state, hyper).pruned(hyper["pruned"]), examples, 0).mean(0)
+
+
+# The clip binds, so that a step is at most lr times its radius of 1e-3; the rest is as published.
+_PUBLISHED = tuple({"lr": lr, "ess": 1e6, "hess_init": 1e-3} for lr in (1.0, 2.0, 4.0, 0.5))
+# From `python -m benchmarks recipe` on the validation split of vader_nyt: 45 trials instead of the four that every
+# method may have. The first has almost no noise and a small initial Hessian, which grows to each weight's scale of
+# gradients, as in Adam. The second has a large one, which bounds fewer steps, and wants warmer samples.
+_ADAPTIVE = {"lr": 1.8, "ess": 3.2e8, "hess_init": 2.2e-4, "beta2": 0.999}
+_WARM = {"lr": 1.5, "ess": 3.2e5, "hess_init": 0.04, "beta2": 0.999}
+# From eight runs of 240 steps on the same split, in which AdamW becomes overconfident: noise as large as what the
+# weights move by (sigma 0.06), so that the mean has to lie in a wide valley. Too much noise for 60 steps.
+_LONG = {"lr": 1.0, "ess": 6.9e3, "hess_init": 0.04, "beta2": 0.999}
+_TEMPERATURES = tuple({"temperature": value} for value in (1.0, 0.3, 0.1, 3.0))
+_PAPER = "Cong et al. 2024, arXiv 2411.04421"
+_TEMPERED = "ivon_kernels.posterior.Posterior.tempered"
+_SCALED = "Rahaman and Thiery, NeurIPS 2021, arXiv 2007.08792 (pool, then calibrate)"
+_RECIPE, _EPOCHS = "benchmarks/results/recipe", "benchmarks/quality/README.md"
+
+METHODS = (
+    Ivon("ivon", "IVON, mean", f"{_PAPER}; Shen et al., ICML 2024, arXiv 2402.17641", candidates=_PUBLISHED),
+    Samples("ivon_samples", "IVON, samples", f"{_PAPER}, section 3", base="ivon"),
+    Samples("ivon_tempered", "IVON, tempered samples", _TEMPERED, base="ivon", dials=_TEMPERATURES),
+    ScaledSamples("ivon_samples_scaled", "IVON, scaled samples", _SCALED, base="ivon"),
+    Pruned(
+        "ivon_pruned",
+        "IVON, pruned mean",
+        "arXiv 2506.14280",
+        base="ivon",
+        dials=tuple({"pruned": share} for share in (0.1, 0.3, 0.5, 0.7)),
+    ),
+    Samples(
+        "ivon_frozen",
+        "IVON, Hessian frozen, samples",
+        "beta2 so close to 1 that the Hessian is never updated",
+        ablation=True,
+        candidates=_PUBLISHED,
+        fixed={"beta2": FROZEN},
+    ),
+    Ivon("ivon_adaptive", "IVON, recipe: mean", _RECIPE, candidates=(_ADAPTIVE,)),
+    Samples("ivon_warm", "IVON, recipe: tempered samples", _RECIPE, candidates=(_WARM,), dials=_TEMPERATURES),
+    Ivon("ivon_long", "IVON, many epochs: mean", _EPOCHS, candidates=(_LONG,)),
+    Samples("ivon_long_samples", "IVON, many epochs: samples", f"{_PAPER}, section 3", base="ivon_long"),
+    Samples(
+        "ivon_long_tempered",
+        "IVON, many epochs: tempered samples",
+        _TEMPERED,
+        base="ivon_long",
+        dials=_TEMPERATURES,
+    ),
+    TemperatureScaling(
+        "ivon_long_scaled", "IVON, many epochs: scaled mean", "Guo et al., ICML 2017, section 4.2", base="ivon_long"
+    ),
+)

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.finetune.data import EncodedExamples
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Hyper, Method, State
-from benchmarks.quality.methods._adapter import PREDICTION, generator, holding, weights, write
+from benchmarks.quality.adapter import PREDICTION, generator, holding, weights, write
 from benchmarks.quality.methods.adamw import optimizer
 
 RANK = 5
@@ -21,20 +21,11 @@ RANK = 5
 class Swag(Method):
     """AdamW to the fraction `start` of the steps, then `swa_lr` and one collected iterate a step.
 
-    The published runs collect once an epoch, after epochs at the usual rate. A laptop's run is a few epochs long.
+    The published runs collect once an epoch, after epochs at the usual rate. A laptop's run is a few epochs long. The
+    adapter holds the mean of the collected iterates afterwards.
     """
 
-    title = "SWAG-LoRA"
-    source = "Onal et al. 2024, arXiv 2405.03425; Maddox et al., NeurIPS 2019, algorithm 1 and equation 1"
-    candidates = (
-        {"lr": 4e-3, "swa_lr": 1e-3, "start": 0.5},
-        {"lr": 4e-3, "swa_lr": 2e-3, "start": 0.75},
-        {"lr": 8e-3, "swa_lr": 1e-3, "start": 0.75},
-        {"lr": 2e-3, "swa_lr": 1e-3, "start": 0.5},
-    )
-
     def train(self, job: Job, hyper: Hyper) -> State:
-        """The job's steps; the adapter holds the mean of the collected iterates afterwards."""
         start = min(int(hyper["start"] * job.steps), job.steps - 1)
         low = hyper["swa_lr"] / hyper["lr"]
         moments = Moments()
@@ -51,7 +42,6 @@ class Swag(Method):
         return moments.state()
 
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        """Averaged over the job's samples."""
         mean, noise = weights(job), generator(job, PREDICTION)
         state = {name: value.to(job.device) for name, value in state.items()}
 
@@ -91,3 +81,18 @@ def deviation(state: State, noise: torch.Generator) -> Tensor:
     diagonal = variance.sqrt() * torch.randn(variance.shape, generator=noise, device=variance.device)
     low_rank = torch.randn(rank, generator=noise, device=variance.device) @ deviations
     return (diagonal + low_rank / math.sqrt(max(rank - 1, 1))) / math.sqrt(2)
+
+
+METHODS = (
+    Swag(
+        "swag",
+        "SWAG-LoRA",
+        "Onal et al. 2024, arXiv 2405.03425; Maddox et al., NeurIPS 2019, algorithm 1 and equation 1",
+        candidates=(
+            {"lr": 4e-3, "swa_lr": 1e-3, "start": 0.5},
+            {"lr": 4e-3, "swa_lr": 2e-3, "start": 0.75},
+            {"lr": 8e-3, "swa_lr": 1e-3, "start": 0.75},
+            {"lr": 2e-3, "swa_lr": 1e-3, "start": 0.5},
+        ),
+    ),
+)

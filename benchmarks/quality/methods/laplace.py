@@ -1,4 +1,4 @@
-"""What the Laplace methods share: Kronecker factors of the LoRA weights, and predictions of the linearised model.
+"""Laplace-LoRA: Kronecker factors of the LoRA weights, and predictions of the linearised model.
 
 laplace-torch computes the factors and their eigenvectors. What it does in all those directions is done here in those
 that are kept: for SmolLM2-135M its predictions need factors of 67 times the adapter's size, and its Jacobians take
@@ -11,8 +11,9 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -39,6 +40,7 @@ Layers = dict[str, nn.Linear]
 """LoRA's matrices that get a posterior, by name, in the model's order."""
 
 
+@dataclass(frozen=True)
 class Laplace(Method):
     """Laplace approximation around AdamW's adapter, Kronecker-factored, with the generalised Gauss-Newton matrix.
 
@@ -46,28 +48,22 @@ class Laplace(Method):
     outer products of its inputs, G the sum of those of its output gradients, delta the prior precision that maximises
     the marginal likelihood. A prediction averages the softmax over samples of the logits' Gaussian
     ``N(f(x), J (G x A + delta I)^-1 J^T)`` (the paper's sections 3 and 4).
+
+    Attributes:
+        last_only: Whether only the last layer with LoRA gets a posterior, below which no backward pass has to go.
     """
 
-    base = "adamw"
-    dials = ({"prior_scale": 1.0}, {"prior_scale": 10.0}, {"prior_scale": 0.1}, {"prior_scale": 100.0})
-    last_only: ClassVar[bool]
-    """Whether only the last layer with LoRA gets a posterior."""
+    last_only: bool = False
 
     def fit(self, job: Job, state: State, hyper: Hyper) -> State:
-        """Factors and prior precision, from the training examples.
-
-        Raises:
-            RuntimeError: laplace-torch is not installed.
-        """
         return fit(job, lora_layers(job.model, self.last_only))
 
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        """By samples of the linearised logits."""
         mean, covariance = self._moments(job, state, [hyper["prior_scale"]], examples)
         return probabilities(mean, covariance[0], job.seed)
 
     def tune(self, job: Job, state: State, hyper: Hyper, validation: EncodedExamples) -> Hyper:
-        """As the harness does, but with one run of the model for all the dials."""
+        # As the harness does, but with one run of the model for all the dials.
         mean, covariances = self._moments(job, state, [dial["prior_scale"] for dial in self.dials], validation)
         costs = [job.nll(probabilities(mean, covariance, job.seed), validation) for covariance in covariances]
         return self.dials[costs.index(min(costs))]
@@ -114,6 +110,9 @@ def fit(job: Job, layers: Layers) -> State:
     Returns:
         float32: ``prior_precision`` ``[1]`` and, for every layer and for `side` in ``out`` and ``in``, the eigenvalues
         ``layer.side.values`` ``[k]`` and eigenvectors ``layer.side.vectors`` ``[width, k]`` of the factor.
+
+    Raises:
+        RuntimeError: laplace-torch is not installed.
     """
     try:
         from laplace import KronLaplace
@@ -294,3 +293,19 @@ def probabilities(mean: Tensor, covariance: Tensor, seed: int) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     roots = vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2) @ vectors.mT
     return torch.stack([(m + noise @ root).softmax(1).mean(0) for m, root in zip(mean, roots, strict=True)])
+
+
+METHODS = tuple(
+    Laplace(
+        name,
+        title,
+        source,
+        base="adamw",
+        dials=tuple({"prior_scale": value} for value in (1.0, 10.0, 0.1, 100.0)),
+        last_only=last_only,
+    )
+    for name, title, source, last_only in (
+        ("laplace_all", "Laplace-LoRA, all layers", "Yang et al., ICLR 2024, arXiv 2308.13111", False),
+        ("laplace_last", "Laplace-LoRA, last layer", "Yang et al., ICLR 2024, arXiv 2308.13111: LLLA", True),
+    )
+)

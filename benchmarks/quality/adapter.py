@@ -28,15 +28,14 @@ def weights(job: Job) -> Tensor:
 @torch.no_grad()
 def write(job: Job, values: Tensor) -> None:
     """Copies weights ``[weights]``, ordered as :func:`weights` has them, into the adapter."""
-    parameters = job.parameters
-    parts = values.split([parameter.numel() for parameter in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
+    parts = values.split([parameter.numel() for parameter in job.parameters])
+    for parameter, part in zip(job.parameters, parts, strict=True):
         parameter.copy_(part.view_as(parameter))
 
 
 @contextmanager
 def holding(job: Job, values: Tensor) -> Iterator[None]:
-    """The adapter holds other weights ``[weights]`` inside the block, and its own again after it."""
+    """The adapter holds other weights ``[weights]`` inside the block, and its own again, in their dtype, after it."""
     own = [parameter.detach().clone() for parameter in job.parameters]
     write(job, values)
     try:
@@ -50,13 +49,8 @@ def holding(job: Job, values: Tensor) -> Iterator[None]:
 @contextmanager
 def dropping_out(job: Job, rate: float) -> Iterator[None]:
     """The adapter's dropout, and nothing else, is on inside the block, at a rate between 0 and 1."""
-    layers = [
-        dropout
-        for module in job.model.modules()
-        if isinstance(module, LoraLayer)
-        for dropout in module.lora_dropout.values()
-        if isinstance(dropout, nn.Dropout)
-    ]
+    adapted = (module for module in job.model.modules() if isinstance(module, LoraLayer))
+    layers = [layer for module in adapted for layer in module.lora_dropout.values() if isinstance(layer, nn.Dropout)]
     before = [(layer.p, layer.training) for layer in layers]
     for layer in layers:
         layer.p = rate
