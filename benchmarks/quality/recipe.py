@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -140,8 +141,11 @@ class Proposals:
 
     def draw(self, stage: str, count: int) -> list[Hyper]:
         """The first settings of a stage; more of them keep those before."""
-        everywhere = QMCSampler(scramble=True, seed=0, independent_sampler=RandomSampler(seed=0))
-        sampler: BaseSampler = everywhere if stage == EVERYWHERE else TPESampler(n_startup_trials=1, seed=1)
+        sampler: BaseSampler = TPESampler(n_startup_trials=1, seed=1)
+        if stage == EVERYWHERE:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # since optuna 3
+                sampler = QMCSampler(scramble=True, seed=0, independent_sampler=RandomSampler(seed=0))
         with self._lock:
             self._study.sampler = sampler
             for _ in range(count - len(self._of(stage))):

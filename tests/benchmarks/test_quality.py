@@ -119,7 +119,7 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return get(self, names, computed)
 
     monkeypatch.setattr(Cells, "get", remember)
-    yield done
+    return done
 
 
 def record(out: Path) -> dict[str, Any]:

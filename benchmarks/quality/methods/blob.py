@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks.finetune.data import EncodedExamples
 from benchmarks.finetune.train import linear
+from benchmarks.quality.adapter import PREDICTION, TRAINING, dropping_out, generator
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Hyper, Method, State
-from benchmarks.quality.adapter import PREDICTION, TRAINING, dropping_out, generator
 from benchmarks.quality.methods.adamw import optimizer
 
 PRIOR_SIGMA = 0.2

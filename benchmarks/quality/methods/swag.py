@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.finetune.data import EncodedExamples
+from benchmarks.quality.adapter import PREDICTION, generator, holding, weights, write
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Hyper, Method, State
-from benchmarks.quality.adapter import PREDICTION, generator, holding, weights, write
 from benchmarks.quality.methods.adamw import optimizer
 
 RANK = 5
