@@ -20,13 +20,14 @@ from benchmarks.finetune.run import last_word
 from benchmarks.finetune.tasks import Task
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.memory import PeakMemory
+from benchmarks.quality.cells import Content
 from benchmarks.quality.job import Job
 from benchmarks.quality.method import Hyper, Method, State
 from benchmarks.quality.settings import SEARCH_SEED, Size, sized
 from ivon_kernels.predict import metrics
 
-Weights = dict[str, Tensor]
-Content = dict[str, Any]
+Tensors = dict[str, Tensor]
+_WEIGHTS, _STATE = "weights.", "state."
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Bench:
         steps, batch_size = self.task.recipe.steps, self.task.recipe.batch_size
         return Job(self.model, self.scorer, examples, seed, steps, batch_size, samples, self._guard, self._note)
 
-    def try_candidate(self, method: Method, hyper: Hyper) -> Content:
+    def try_candidate(self, method: Method, hyper: Hyper) -> tuple[Content, Tensors]:
         """Train with some hyperparameters and judge on the validation split."""
         job = self.job(SEARCH_SEED, self.amounts.search_samples)
         begin = time.perf_counter()
@@ -105,10 +106,10 @@ class Bench:
         state = method.train(job, hyper)
         probabilities = self._predict(method, job, state, {**hyper, **method.dials[0]}, self.validation.encoded)
         scores = scores_of(probabilities, self.validation.labels, None)
-        return {"hyper": dict(hyper), "scores": scores, "seconds": time.perf_counter() - begin, "error": None}
+        return {"hyper": dict(hyper), "scores": scores, "seconds": time.perf_counter() - begin, "error": None}, {}
 
-    def train(self, method: Method, hyper: Hyper, seed: int) -> tuple[Content, Weights, State]:
-        """Train for good: what it cost, the adapter's weights and the method's state."""
+    def train(self, method: Method, hyper: Hyper, seed: int) -> tuple[Content, Tensors]:
+        """Train for good: what it cost, and the adapter's weights with the method's state."""
         job = self.job(seed, self.amounts.samples)
         with PeakMemory(self.device) as memory:
             begin = time.perf_counter()
@@ -116,12 +117,16 @@ class Bench:
             state = method.train(job, hyper)
             seconds = time.perf_counter() - begin
         cost = {"train_seconds": seconds, "train_peak_mb": memory.megabytes}
-        return {"hyper": dict(hyper), "cost": cost, "error": None}, self._weights(), state
+        tensors = {_WEIGHTS + name: value for name, value in self._weights().items()}
+        tensors |= {_STATE + name: value for name, value in state.items()}
+        return {"hyper": dict(hyper), "cost": cost, "error": None}, tensors
 
-    def judge(
-        self, method: Method, hyper: Hyper, seed: int, weights: Weights, state: State
-    ) -> tuple[Content, dict[str, Tensor]]:
-        """Predict every domain with trained weights: the scores with the costs, and the probabilities by domain."""
+    def judge(self, method: Method, hyper: Hyper, seed: int, trained: Tensors) -> tuple[Content, Tensors]:
+        """Predict every domain with what was trained: the scores with the costs, and the probabilities by domain."""
+        weights, state = (
+            {name.removeprefix(kind): value for name, value in trained.items() if name.startswith(kind)}
+            for kind in (_WEIGHTS, _STATE)
+        )
         self._put(weights)
         job = self.job(seed, self.amounts.samples)
         with PeakMemory(self.device) as fitting:
@@ -162,11 +167,11 @@ class Bench:
             raise ValueError(f"predict() must return finite probabilities {wanted}, got {tuple(probabilities.shape)}")
         return probabilities
 
-    def _weights(self) -> Weights:
+    def _weights(self) -> Tensors:
         return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def _put(self, weights: Weights) -> None:
+    def _put(self, weights: Tensors) -> None:
         for name, param in self.model.named_parameters():
             if name in weights:
                 param.copy_(weights[name])

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks import UserError
 
-STUDY = "study.json"
 Content = dict[str, Any]
+Compute = Callable[[], tuple[Content, dict[str, Tensor]]]
 
 
 class Cells:
@@ -33,8 +33,7 @@ class Cells:
 
     def __init__(self, folder: Path, identity: Content) -> None:
         self.folder = folder / "cells"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = folder / STUDY
+        path = folder / "study.json"
         with self.lock("study"):
             if not path.exists():
                 write_record(path, identity)
@@ -45,41 +44,39 @@ class Cells:
                 "give another --out, or delete it."
             )
 
+    def _path(self, names: tuple[str, ...], suffix: str = ".safetensors") -> Path:
+        return self.folder.joinpath(*names).with_name(f"{names[-1]}{suffix}")
+
     def lock(self, *names: str) -> FileLock:
         """A lock that one process at a time can hold; the system takes it from one that died."""
-        path = self.folder.joinpath(*names).with_name(f"{names[-1]}.lock")
+        path = self._path(names, ".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 
-    def path(self, *names: str) -> Path:
-        """Where the cell of these names is."""
-        return self.folder.joinpath(*names).with_name(f"{names[-1]}.safetensors")
-
     def read(self, *names: str) -> Content | None:
         """What a finished cell says; None if it is not finished."""
-        path = self.path(*names)
+        path = self._path(names)
         return _content(path) if path.exists() else None
 
     def tensors(self, *names: str) -> dict[str, Tensor]:
         """The tensors of a finished cell, on the CPU."""
-        return load_file(self.path(*names))
+        return load_file(self._path(names))
 
-    def get(self, names: tuple[str, ...], compute: Callable[[], tuple[Content, dict[str, Tensor]]]) -> Content:
+    def get(self, names: tuple[str, ...], compute: Compute) -> Content:
         """What the cell of these names says; if it is not finished, `compute` finishes it.
 
         Raises:
             filelock.Timeout: Another process is at it.
         """
-        content = self.read(*names)
-        if content is None:
-            with self.lock(*names).acquire(timeout=0):
-                content = self.read(*names)  # whoever had the lock before may have finished it
-                if content is None:
-                    content, tensors = compute()
-                    part = self.path(*names).with_suffix(".part")
-                    save_file(tensors, part, {"content": json.dumps(content, allow_nan=False)})
-                    os.replace(part, self.path(*names))  # nobody reads a half
-        return content
+        if (found := self.read(*names)) is not None:
+            return found
+        with self.lock(*names).acquire(timeout=0):
+            if (found := self.read(*names)) is None:  # whoever had the lock before may have finished it
+                found, tensors = compute()
+                part = self._path(names, ".part")
+                save_file(tensors, part, {"content": json.dumps(found, allow_nan=False)})
+                os.replace(part, self._path(names))  # nobody reads a half
+        return found
 
     def forget_failures(self) -> None:
         """Have what failed in an earlier run done again."""

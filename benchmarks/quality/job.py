@@ -33,7 +33,7 @@ class Job:
         steps: Training steps that a method may take.
         batch_size: Examples of a step.
         samples: Samples that a prediction averages, of methods that sample.
-        guard: Asked between steps and batches whether Ctrl-C was pressed.
+        guard: Asked between steps and batches whether Ctrl-C was pressed; it raises Interrupted.
         note: Told what is being done, a few times a second.
         passes: Examples that went through the model at prediction so far.
     """
@@ -71,23 +71,16 @@ class Job:
         optimizer: torch.optim.Optimizer,
         *,
         loss: Callable[[Batch], Tensor] | None = None,
-        around: Callable[[], AbstractContextManager[Any]] | None = None,
-        schedule: Callable[[int], float] | None = None,
-        after_step: Callable[[int], None] | None = None,
         seed: int | None = None,
+        **hooks: Callable[..., Any],
     ) -> training.Training:
         """Train the adapter: the job's steps, of its batches.
 
         Args:
             optimizer: Of the parameters; IVON's samples are drawn here.
             loss: Of a batch; None is the cross-entropy.
-            around: Entered before the forward and left after the backward pass of every step.
-            schedule: Factor on the learning rate by step; None falls linearly to zero.
-            after_step: Called with the number of steps done, after each.
             seed: Of batches and dropout; None is the job's.
-
-        Raises:
-            Interrupted: Ctrl-C was pressed.
+            hooks: `around`, `schedule` and `after_step`, as :func:`benchmarks.finetune.train.train` takes them.
         """
         seed = self.seed if seed is None else seed
         count = itertools.count(1)
@@ -100,9 +93,7 @@ class Job:
             seed=seed,
             guard=self.guard,
             on_step=lambda loss: self.note(f"step {next(count)} of {self.steps}, loss {loss:.3f}"),
-            around=around,
-            schedule=schedule,
-            after_step=after_step,
+            **hooks,
         )
         self.guard.check()
         return done
@@ -112,11 +103,7 @@ class Job:
         return training.cross_entropy(self.scorer, batch)
 
     def batches(self, examples: EncodedExamples, batch_size: int = PREDICTION_BATCH) -> Iterator[Batch]:
-        """Every example once, short ones first; `index` of a batch says which ones.
-
-        Raises:
-            Interrupted: Ctrl-C was pressed.
-        """
+        """Every example once, short ones first; `index` of a batch says which ones."""
         for batch in examples.in_length_order(batch_size):
             self.guard.check()
             self.passes += len(batch.index)
@@ -125,7 +112,7 @@ class Job:
 
     @torch.no_grad()
     def logits(self, examples: EncodedExamples, *, evaluating: bool = True) -> Tensor:
-        """Class logits float64 ``[examples, classes]`` under the weights as they are, in evaluation mode or as it is."""
+        """Class logits float64 ``[examples, classes]``; unless `evaluating`, the model's modes stay as they are."""
         if evaluating:
             self.model.eval()
         found = [(batch.index, self.scorer(batch).double().cpu()) for batch in self.batches(examples)]
@@ -133,11 +120,11 @@ class Job:
         return torch.cat([logits for _, logits in found])[order]
 
     def average(self, examples: EncodedExamples, sampled: Callable[[int], AbstractContextManager[Any]]) -> Tensor:
-        """Class probabilities float64 ``[examples, classes]``, averaged over the job's samples.
+        """Class probabilities float64 ``[examples, classes]``, the mean over the job's samples.
 
         ``sampled(k)`` holds sample ``k`` in the model for the length of a block.
         """
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=torch.float64)
         self.model.eval()
         for sample in range(self.samples):
             with sampled(sample):

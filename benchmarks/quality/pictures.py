@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.quality.summary import IN, METRICS, SHIFT, Estimate, Kind, Summary
+from benchmarks.quality.summary import IN, METRICS, SHIFT, Summary
 from ivon_kernels.report.plots import BLUE, GREY, ORANGE, PURPLE
 
 DPI = 110
-COLORS: dict[Kind, str] = {"baseline": BLUE, "IVON": ORANGE, "ablation": PURPLE, "peer": GREY}
-MARKERS: dict[Kind, str] = {"baseline": "D", "IVON": "o", "ablation": "^", "peer": "s"}
-_KINDS: dict[Kind, str] = {"baseline": "AdamW", "IVON": "IVON", "ablation": "ablations", "peer": "other methods"}
+COLORS = {"baseline": BLUE, "IVON": ORANGE, "ablation": PURPLE, "peer": GREY}
+MARKERS = {"baseline": "D", "IVON": "o", "ablation": "^", "peer": "s"}
+_KINDS = {"baseline": "AdamW", "IVON": "IVON", "ablation": "ablations", "peer": "other methods"}
 _COSTS = {
     "predict_ms_per_example": "prediction, ms per example",
     "ready_seconds": "training and fit, seconds (base included)",
@@ -92,7 +92,10 @@ def scores(summary: Summary, task: str) -> Figure:
             if value is not None:
                 means.append(value.mean)
                 aside = 0 if len(groups) == 1 else 0.14 if group == IN else -0.14
-                _dot(ax, value, place + aside, summary.kind(method), hollow=group == SHIFT)
+                kind = summary.kind(method)
+                style = {"color": COLORS[kind], "marker": MARKERS[kind], "markersize": 5.5, "elinewidth": 1.2}
+                fill = "white" if group == SHIFT else COLORS[kind]
+                ax.errorbar(value.mean, place + aside, xerr=value.error, markerfacecolor=fill, **style)
         ax.set_yticks(range(len(order)), [summary.title(method) for method in order])
         ax.set(xlabel=f"{METRICS[key].title} (lower is better)", ylim=(-0.7, len(order) - 0.3))
         _stretch(ax, "x", means)
@@ -135,12 +138,6 @@ def reliability(summary: Summary, task: str) -> Figure:
     figure.supylabel("accuracy", fontsize=9)
     _kinds(figure, summary, groups, "-:")
     return figure
-
-
-def _dot(ax: Axes, value: Estimate, y: float, kind: Kind, *, hollow: bool) -> None:
-    color, fill = COLORS[kind], "white" if hollow else COLORS[kind]
-    style = {"color": color, "marker": MARKERS[kind], "markerfacecolor": fill}
-    ax.errorbar(value.mean, y, xerr=value.error, markersize=5.5, elinewidth=1.2, **style)
 
 
 def _stretch(ax: Axes, name: Literal["x", "y"], means: Sequence[float], times: float = _TIMES_WORSE) -> None:

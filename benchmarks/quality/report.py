@@ -26,13 +26,14 @@ _SIZES = {
 }
 _TERMINAL = (*tables.RANKED, VOTES)
 _TERMINAL_COSTS = ("extra_parameters", "predict_ms_per_example", "train_seconds", "fit_seconds")
+_COSTS = "Training is the base's where a method takes a base's training. Passes of the model are those of one example."
 _SEED_LIMIT = 30  # from here on, Student's distribution is the normal one
 
 
 def print_tables(console: Console, record: dict[str, Any]) -> None:
     """The report's main tables for a terminal of 80 columns: scores, differences to AdamW, costs, and what failed."""
     summary = Summary(record)
-    parts = ["# Quality of predictions", *_state(summary), "", *tables.domains(summary)]
+    parts = [*_head(summary), "", *tables.domains(summary)]
     for view in summary.views:
         parts += ["", f"## {view}", *_scores(summary, view, _TERMINAL, tables.RANKED)]
         parts += ["", "### Costs", "", *tables.costs(summary, view, _TERMINAL_COSTS)]
@@ -51,23 +52,30 @@ def write_report(record: dict[str, Any], folder: Path) -> None:
     """
     summary = Summary(record)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = ["# Quality of predictions", *_state(summary), *_what_was_run(summary)]
+    parts = [*_head(summary), *_what_was_run(summary)]
     for view in summary.views:
         parts += ["", f"## {view}"]
         if view == ALL:
             parts += ["", f"The mean over {len(summary.tasks)} tasks: {', '.join(summary.tasks)}."]
-        parts += [*_scores(summary, view, list(METRICS), list(METRICS)), *_ranks_and_costs(summary, view)]
-        parts += _pictures(summary, view, folder)
+        parts += _scores(summary, view, list(METRICS), list(METRICS))
+        if view == summary.views[0]:
+            count = f"mean over {len(summary.tasks)} tasks, " if len(summary.tasks) > 1 else ""
+            parts += ["", f"### Ranks ({count}1 is best)", "", *tables.ranks(summary)]
+        parts += ["", "### Costs", "", *tables.costs(summary, view), "", _COSTS]
+        suffix = "" if view == summary.views[0] else f"_{view}"
+        for name, caption, figure in pictures.of_view(summary, view):
+            figure.savefig(folder / f"{name}{suffix}.png", dpi=pictures.DPI)
+            parts += ["", f"![{name.replace('_', ' ')}, {view}]({name}{suffix}.png)", "", caption]
     parts += ["", "## Where IVON does not win", *_lost(summary)]
     parts += ["", "## Hyperparameters", *_hyperparameters(summary)]
     parts += [*_problems(summary), "", "## Environment", *_environment(summary)]
     (folder / PAGE).write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _state(summary: Summary) -> list[str]:
-    if summary.record["finished"] and not summary.missing:
-        return []
-    return ["", f"**Not finished: {len(summary.missing)} combinations of task, method and seed have not run.**"]
+def _head(summary: Summary) -> Iterator[str]:
+    yield "# Quality of predictions"
+    if summary.missing or not summary.record["finished"]:
+        yield from ("", f"**Not finished: {len(summary.missing)} combinations of task, method and seed have not run.**")
 
 
 def _what_was_run(summary: Summary) -> Iterator[str]:
@@ -112,17 +120,7 @@ def _scores(summary: Summary, task: str, wanted: Sequence[str], compared: Sequen
         if any(summary.score(task, group, BASELINE, key) for key in keys):
             yield from ("", f"### Difference to AdamW {group}, paired by seed", "")
             yield from tables.differences(summary, task, group, [key for key in compared if key in keys])
-    yield from ("", f"{_legend(summary, task)}")
-
-
-def _ranks_and_costs(summary: Summary, task: str) -> Iterator[str]:
-    """The ranks, once, and the costs of a view."""
-    if task == summary.views[0]:
-        count = f"mean over {len(summary.tasks)} tasks, " if len(summary.tasks) > 1 else ""
-        yield from ("", f"### Ranks ({count}1 is best)", "", *tables.ranks(summary))
-    yield from ("", "### Costs", "", *tables.costs(summary, task))
-    yield ""
-    yield "Training is the base's where a method takes a base's training. Passes of the model are those of one example."
+    yield from ("", _legend(summary, task))
 
 
 def _legend(summary: Summary, task: str) -> str:
@@ -143,21 +141,13 @@ def _legend(summary: Summary, task: str) -> str:
     )
 
 
-def _pictures(summary: Summary, task: str, folder: Path) -> Iterator[str]:
-    """Draws the pictures of a view, and yields the lines that show them."""
-    suffix = "" if task == summary.views[0] else f"_{task}"
-    for name, caption, figure in pictures.of_view(summary, task):
-        figure.savefig(folder / f"{name}{suffix}.png", dpi=pictures.DPI)
-        yield from ("", f"![{name.replace('_', ' ')}, {task}]({name}{suffix}.png)", "", caption)
-
-
 def _lost(summary: Summary) -> Iterator[str]:
     """What is better than IVON, and the whole of the comparisons."""
     if not summary.ours:
         yield from ("", "No method of IVON's was run.")
         return
     found = list(summary.lost())
-    total = len(list(summary.comparisons()))
+    total = len(summary.comparisons())
     decided = 0
     for task, group, metric, ours, ahead in found:
         gaps = [summary.difference(task, group, ours, metric, method) for method in ahead]

@@ -25,21 +25,15 @@ MAIN = "vader_nyt"
 
 @dataclass(frozen=True)
 class Size:
-    """How much a study does for every task; None takes what the task's own recipe says.
-
-    Attributes:
-        shift_size: Examples of every domain that was not trained on.
-        samples: Samples that a prediction averages.
-        search_samples: The same, where hyperparameters and dials are chosen.
-    """
+    """How much a study does for every task; None takes what the task's own recipe says."""
 
     steps: int | None
     train_size: int | None
     validation_size: int | None
     test_size: int | None
-    shift_size: int | None
-    samples: int
-    search_samples: int
+    shift_size: int | None  # examples of every domain that was not trained on
+    samples: int  # that a prediction averages
+    search_samples: int  # the same, where hyperparameters and dials are chosen
     seeds: int
     max_words: int | None = None
     batch_size: int | None = None
@@ -54,19 +48,14 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a study needs to know.
-
-    Attributes:
-        methods: Empty for all.
-        search: Whether hyperparameters are chosen anew; otherwise they come from `hyperparameters`.
-    """
+    """Everything that a study needs to know."""
 
     size: str
     amounts: Size
     tasks: tuple[str, ...]
-    methods: tuple[str, ...]
+    methods: tuple[str, ...]  # empty for all
     seeds: tuple[int, ...]
-    search: bool
+    search: bool  # whether hyperparameters are chosen anew; otherwise they come from `hyperparameters`
     hyperparameters: Path | None
     model: str | None
     load_in_8bit: bool
@@ -83,18 +72,10 @@ class Settings:
         return {**asdict(self), **paths, "amounts": amounts}
 
     def identity(self) -> dict[str, Any]:
-        """What has to be equal for finished cells to count: tasks, methods and seeds may be added.
-
-        Raises:
-            UserError: The hyperparameters cannot be read.
-        """
-        return {
-            "amounts": {key: value for key, value in asdict(self.amounts).items() if key != "seeds"},
-            "model": self.model,
-            "load_in_8bit": self.load_in_8bit,
-            "search": self.search,
-            "hyperparameters": self.given(),
-        }
+        """What has to be equal for finished cells to count: tasks, methods and seeds may be added."""
+        amounts = {key: value for key, value in asdict(self.amounts).items() if key != "seeds"}
+        same = {"model": self.model, "load_in_8bit": self.load_in_8bit, "search": self.search}
+        return {"amounts": amounts, **same, "hyperparameters": self.given()}
 
     def given(self) -> dict[str, dict[str, dict[str, float]]]:
         """Hyperparameters by task and method, as a study wrote them; none without a file.
@@ -153,20 +134,10 @@ def resolve(
         raise UserError("--search chooses what --hyperparameters would give: use one of the two.")
     if not searching and hyperparameters is None and RECORDED.exists():
         hyperparameters = RECORDED
-    return Settings(
-        size=size,
-        amounts=replace(amounts, seeds=count, steps=amounts.steps if steps is None else steps),
-        tasks=names,
-        methods=_listed(methods),
-        seeds=tuple(range(count)),
-        search=searching,
-        hyperparameters=hyperparameters,
-        model=model,
-        load_in_8bit=load_in_8bit,
-        device=device,
-        threads=threads,
-        out=Path("results") / f"quality-{size}" if out is None else out,
-    )
+    amounts = replace(amounts, seeds=count, steps=amounts.steps if steps is None else steps)
+    out = Path("results") / f"quality-{size}" if out is None else out
+    chosen = (_listed(methods), tuple(range(count)), searching, hyperparameters)
+    return Settings(size, amounts, names, *chosen, model, load_in_8bit, device, threads, out)
 
 
 def _listed(text: str) -> tuple[str, ...]:

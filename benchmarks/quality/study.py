@@ -18,7 +18,6 @@ from benchmarks.quality.workshop import Workshop
 
 RECORD, HYPERPARAMETERS = "quality.json", "hyperparameters.json"
 SEARCH, TRAINED, JUDGED = "search", "trained", "judged"
-_WEIGHTS, _STATE = "weights.", "state."
 
 
 def run(settings: Settings, console: Console) -> bool:
@@ -97,24 +96,15 @@ class Study:
         return tuple(method.candidates) if self.settings.search and len(method.candidates) > 1 else ()
 
     def _search(self, task: str, method: Method, hyper: Hyper) -> Content:
-        def compute() -> tuple[Content, dict[str, Tensor]]:
-            return self._workshop.bench(task).try_candidate(method, hyper), {}
-
-        title = f"{task}: {method.title}, trying {key_of(hyper)}"
-        return self._workshop.cell((SEARCH, task, method.name, key_of(hyper)), title, compute)
+        names, title = (SEARCH, task, method.name, key_of(hyper)), f"{task}: {method.title}, trying {key_of(hyper)}"
+        return self._workshop.cell(names, title, lambda: self._workshop.bench(task).try_candidate(method, hyper))
 
     def _train(self, task: str, method: Method, seed: int) -> Content:
         for hyper in self._searched(method):
             self._search(task, method, hyper)
         hyper = self.chosen(task, method)
-
-        def compute() -> tuple[Content, dict[str, Tensor]]:
-            content, weights, state = self._workshop.bench(task).train(method, hyper, seed)
-            tensors = {_WEIGHTS + name: value for name, value in weights.items()}
-            return content, tensors | {_STATE + name: value for name, value in state.items()}
-
-        title = f"{task}, seed {seed}: training {method.title}"
-        return self._workshop.cell(self._names(TRAINED, task, method, seed), title, compute)
+        names, title = self._names(TRAINED, task, method, seed), f"{task}, seed {seed}: training {method.title}"
+        return self._workshop.cell(names, title, lambda: self._workshop.bench(task).train(method, hyper, seed))
 
     def _judge(self, task: str, method: Method, seed: int) -> Content:
         trainer = self.methods[method.base or method.name]
@@ -124,11 +114,7 @@ class Study:
             if trained["error"] is not None:
                 raise RuntimeError(f"its training failed: {trained['error']}")
             tensors = self._workshop.cells.tensors(*self._names(TRAINED, task, trainer, seed))
-            weights, state = (
-                {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
-                for kind in (_WEIGHTS, _STATE)
-            )
-            judged, found = self._workshop.bench(task).judge(method, trained["hyper"], seed, weights, state)
+            judged, found = self._workshop.bench(task).judge(method, trained["hyper"], seed, tensors)
             return {**judged, "cost": {**trained["cost"], **judged["cost"]}}, found
 
         title = f"{task}, seed {seed}: predicting with {method.title}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pandas as pd
 
@@ -21,11 +21,9 @@ GROUPS = (IN, SHIFT)
 ERRORS = 2.0
 """A difference counts as decided beyond this many standard errors."""
 VOTES = "vote_cross_entropy"
-
-Kind = Literal["baseline", "peer", "IVON", "ablation"]
-_KINDS = get_args(Kind)
+KINDS = ("baseline", "peer", "IVON", "ablation")
+"""What a method is here for, in the order of tables."""
 _LEVELS = ["task", "group", "method", "metric"]
-_ABOUT_DOMAIN = ("shift", "examples", "vote_entropy", "reliability")
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds.
-
-    Attributes:
-        mean: Over the seeds.
-        error: Its standard error, from the sample variance of the seeds (ddof 1); None for one seed.
-        seeds: Those that have a value.
-    """
+    """A mean over `seeds`; its standard error is from their sample variance (ddof 1), and None for one seed."""
 
     mean: float
     error: float | None
@@ -80,7 +72,8 @@ class Summary:
         tasks: Names of the tasks.
         seeds: Of the study.
         methods: What the record says of each, by kind and title.
-        domains: A row for every cell with scores and domain: its keys, its scores, its reliability diagram.
+        cells: Those with scores, by task, method and seed.
+        domains: A row for every one of their domains: cell, scores, reliability diagram.
         failed: Cells without scores: task, method, seed, reason.
         missing: The same of combinations that have not run.
 
@@ -91,26 +84,24 @@ class Summary:
     def __init__(self, record: Mapping[str, Any]) -> None:
         if record.get("schema") != 1:
             raise ValueError(f"This record has schema {record.get('schema')}; the report reads schema 1.")
-        self.record = record
-        self.methods: Mapping[str, Mapping[str, Any]] = record["methods"]
-        order = sorted(self.methods, key=lambda method: (_KINDS.index(self.kind(method)), self.title(method)))
-        self.methods = {method: self.methods[method] for method in order}
+        self.record, cells, settings = record, record["cells"], record["settings"]
+        order = sorted(record["methods"], key=lambda name: (KINDS.index(self.kind(name)), self.title(name)))
+        self.methods = {method: record["methods"][method] for method in order}
         self.ours = [method for method in order if self.kind(method) == "IVON"]
-        cells, settings = record["cells"], record["settings"]
         self.tasks = list(settings.get("tasks") or dict.fromkeys(cell["task"] for cell in cells))
         self.seeds = list(settings.get("seeds") or sorted({cell["seed"] for cell in cells}))
-        keys = ["task", "method", "seed"]
-        self.failed = [tuple(c[key] for key in (*keys, "error")) for c in cells if c["error"] is not None]
-        known = {tuple(cell[key] for key in keys) for cell in cells}
+        known = {(cell["task"], cell["method"], cell["seed"]): cell for cell in cells}
+        self.failed = [(*key, cell["error"]) for key, cell in known.items() if cell["error"] is not None]
         wanted = pd.MultiIndex.from_product([self.tasks, order, self.seeds])
-        self.missing = [(*cell, "has not run") for cell in wanted if cell not in known]
-        self.cells = {tuple(cell[key] for key in keys): cell for cell in cells if cell["error"] is None}
+        self.missing = [(*key, "has not run") for key in wanted if key not in known]
+        self.cells = {key: cell for key, cell in known.items() if cell["error"] is None}
         rows = [
-            {**domain["scores"], **domain, **dict(zip(keys, names, strict=True)), "domain": domain["task"]}
-            for names, cell in self.cells.items()
-            for domain in cell["domains"]
+            {**d["scores"], **d, "domain": d["task"], "task": task, "method": method, "seed": seed}
+            for (task, method, seed), cell in self.cells.items()
+            for d in cell["domains"]
         ]
-        self.domains = pd.DataFrame(rows, columns=[*keys, "domain", *METRICS, *_ABOUT_DOMAIN])
+        about = ["domain", "shift", "examples", "vote_entropy", "reliability"]
+        self.domains = pd.DataFrame(rows, columns=["task", "method", "seed", *about, *METRICS])
         self.domains["group"] = self.domains["shift"].map({False: IN, True: SHIFT})
         values = _with_mean_of_tasks(pd.concat([self._scores(), self._costs()]))
         self._values = {key: found.droplevel(_LEVELS) for key, found in values.groupby(_LEVELS)}
@@ -128,14 +119,11 @@ class Summary:
         return groups.mean()[groups.count() == groups.size()]
 
     def _costs(self) -> pd.Series:
-        rows = [
-            (task, COST, method, metric, seed, value)
-            for (task, method, seed), cell in self.cells.items()
-            for metric, value in {
-                **cell["cost"],
-                "ready_seconds": cell["cost"]["train_seconds"] + cell["cost"]["fit_seconds"],
-            }.items()
-        ]
+        rows = []
+        for (task, method, seed), cell in self.cells.items():
+            ready = cell["cost"]["train_seconds"] + cell["cost"]["fit_seconds"]
+            costs = {**cell["cost"], "ready_seconds": ready}
+            rows += [(task, COST, method, metric, seed, value) for metric, value in costs.items()]
         frame = pd.DataFrame(rows, columns=[*_LEVELS, "seed", "value"]).astype({"value": float})
         return frame.set_index([*_LEVELS, "seed"])["value"].dropna()
 
@@ -154,18 +142,14 @@ class Summary:
 
     def title(self, method: str) -> str:
         """The method's name in tables and plots."""
-        return str(self.methods[method]["title"])
+        return str(self.record["methods"][method]["title"])
 
-    def kind(self, method: str) -> Kind:
+    def kind(self, method: str) -> str:
         """What the method is here for."""
-        about = self.methods[method]
-        if method == BASELINE:
-            return "baseline"
-        if about["ablation"]:
-            return "ablation"
+        about = self.record["methods"][method]
+        if method == BASELINE or about["ablation"]:
+            return "baseline" if method == BASELINE else "ablation"
         return "IVON" if method.startswith("ivon") or about["base"] == "ivon" else "peer"
-
-    # ---- numbers -----------------------------------------------------------------------------------------------------
 
     def score(self, task: str, group: str, method: str, metric: str) -> Estimate | None:
         """Mean and error over the seeds; None without a value. With the group `COST`, `metric` is a cost."""
@@ -187,31 +171,20 @@ class Summary:
         ranks = means.rank(method="min", ascending=not METRICS[metric].higher).sort_values(kind="stable")
         return {str(method): int(rank) for method, rank in ranks.items()}
 
-    def comparisons(self) -> Iterator[tuple[str, str, str]]:
+    def comparisons(self) -> list[tuple[str, str, str]]:
         """Every task, group and metric that some method has."""
-        for task in self.tasks:
-            for group in self.groups(task):
-                for metric in self.metrics(task, group):
-                    yield task, group, metric
+        return [(t, group, metric) for t in self.tasks for group in GROUPS for metric in self.metrics(t, group)]
 
     def lost(self) -> Iterator[tuple[str, str, str, str, list[str]]]:
-        """Every task, group and metric in which others have a better mean than the best of IVON's methods.
-
-        Yields:
-            With that method, and those that are better, the best first.
-        """
+        """Task, group and metric where others have a better mean than the best of IVON's, that one, and the others."""
         for task, group, metric in self.comparisons():
             ranks = self.ranking(task, group, metric)
-            ours = next((method for method in ranks if method in self.ours), None)
-            better = [method for method in ranks if ours is not None and ranks[method] < ranks[ours]]
-            if ours is not None and better:
-                yield task, group, metric, ours, better
+            for ours in [method for method in ranks if method in self.ours][:1]:
+                if better := [method for method in ranks if ranks[method] < ranks[ours]]:
+                    yield task, group, metric, ours, better
 
     def tally(self, method: str, other: str) -> tuple[int, int, int]:
-        """Over all tasks, groups and metrics: how often `method` is better than `other`, undecided, and worse.
-
-        Better and worse are differences beyond `ERRORS` standard errors.
-        """
+        """Over all comparisons: how often `method` is decidedly better than `other`, undecided, and decidedly worse."""
         found = {1: 0, 0: 0, -1: 0}
         for task, group, metric in self.comparisons():
             gap = self.difference(task, group, method, metric, other)
@@ -225,12 +198,9 @@ class Summary:
         Returns:
             ``confidence``, ``accuracy`` and ``count`` of each bin that holds any example.
         """
-        frame = self.domains
-        chosen = frame[
-            (frame["method"] == method) & (frame["group"] == group) & (frame["task"].eq(task) | (task == ALL))
-        ]
+        chosen = self.domains[(self.domains["method"] == method) & (self.domains["group"] == group)]
         rows = []
-        for points in chosen["reliability"]:
+        for points in chosen[chosen["task"].eq(task) | (task == ALL)]["reliability"]:
             filled = [(number, count) for number, count in enumerate(points["counts"]) if count]
             for (number, n), confidence, accuracy in zip(filled, points["confidence"], points["accuracy"], strict=True):
                 rows.append((number, n * confidence, n * accuracy, n))
@@ -248,7 +218,6 @@ def _with_mean_of_tasks(values: pd.Series) -> pd.Series:
     """Adds the mean over the tasks, of the seeds that have a value in each task where any method has one."""
     tasks = values.reset_index().groupby(["group", "metric"])["task"].nunique()
     groups = values.groupby([*_LEVELS[1:], "seed"])
-    index = groups.size().index
-    complete = groups.size().to_numpy() == tasks.reindex(index.droplevel(["method", "seed"])).to_numpy()
-    mean = groups.mean()[complete]
+    wanted = tasks.reindex(groups.size().index.droplevel(["method", "seed"]))
+    mean = groups.mean()[groups.size().to_numpy() == wanted.to_numpy()]
     return pd.concat([values, pd.concat({ALL: mean}, names=["task"]).reorder_levels([*_LEVELS, "seed"])])

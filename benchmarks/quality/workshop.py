@@ -23,7 +23,7 @@ from benchmarks.finetune.run import find_device, make_folder, progress_bars
 from benchmarks.finetune.tasks import find_task
 from benchmarks.finetune.train import Interrupted, InterruptGuard
 from benchmarks.quality.bench import Bench
-from benchmarks.quality.cells import Cells, Content
+from benchmarks.quality.cells import Cells, Compute, Content
 from benchmarks.quality.settings import Settings
 
 WAIT_SECONDS = 1.0
@@ -74,9 +74,7 @@ class Workshop:
             self._benches[task] = Bench(find_task(task), settings.amounts, *self._model, self._guard, self._note)
         return self._benches[task]
 
-    def cell(
-        self, names: tuple[str, ...], title: str, compute: Callable[[], tuple[Content, dict[str, Tensor]]]
-    ) -> Content:
+    def cell(self, names: tuple[str, ...], title: str, compute: Compute) -> Content:
         """What a cell says, done here if nobody has; one that failed says why.
 
         Raises:

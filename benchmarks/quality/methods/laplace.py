@@ -88,20 +88,14 @@ def lora_layers(model: nn.Module, last_only: bool) -> Layers:
     if last_only:
         end = _block(adapted[-1][0])
         adapted = [(name, module) for name, module in adapted if _block(name) == end]
-    found: Layers = {}
-    for name, module in adapted:
-        for part in ("lora_A", "lora_B"):
-            found[f"{name}.{part}"] = getattr(module, part)["default"]
-    return found
+    parts = ("lora_A", "lora_B")
+    return {f"{name}.{part}": getattr(module, part)["default"] for name, module in adapted for part in parts}
 
 
 def _block(name: str) -> str:
     """Up to the first number: ``model.layers.3`` of ``model.layers.3.self_attn.q_proj``."""
     numbered = re.match(r".*?\.\d+(?=\.)", name)
     return numbered.group() if numbered else name
-
-
-# ---- fitting ---------------------------------------------------------------------------------------------------------
 
 
 def fit(job: Job, layers: Layers) -> State:
@@ -121,9 +115,9 @@ def fit(job: Job, layers: Layers) -> State:
         raise RuntimeError(f"Laplace-LoRA needs laplace-torch ({error}); run: {INSTALL}") from error
     from scipy.optimize import minimize_scalar
 
+    loader: Any = _EqualLengths(job)
     with only_trainable(job.model, layers):
         posterior = KronLaplace(_Classifier(job.scorer, layers), "classification", backend=CurvlinopsGGN)
-        loader: Any = _EqualLengths(job)
         posterior.fit(loader)
     decomposed: Any = posterior.H
     state: State = {}
@@ -135,21 +129,15 @@ def fit(job: Job, layers: Layers) -> State:
             state[f"{name}.{side}.vectors"] = vector[:, kept].float().contiguous()
     squares = sum(layer.weight.detach().double().square().sum().item() for layer in layers.values())
     eigenvalues = torch.cat([_eigenvalues(state, name) for name in layers])
-
-    def cost(log_precision: float) -> float:
-        return -log_evidence(math.exp(log_precision), eigenvalues, squares)
-
-    found = minimize_scalar(cost, bounds=[math.log(limit) for limit in PRIOR_RANGE], method="bounded")
+    bounds = [math.log(limit) for limit in PRIOR_RANGE]
+    found = minimize_scalar(lambda x: -log_evidence(math.exp(x), eigenvalues, squares), bounds=bounds, method="bounded")
     return state | {"prior_precision": torch.tensor([math.exp(found.x)])}
 
 
 def log_evidence(precision: float, eigenvalues: Tensor, squares: float) -> float:
     """Logarithm of the marginal likelihood, up to what does not depend on the prior precision.
 
-    Args:
-        precision: Of the prior N(0, 1 / precision).
-        eigenvalues: Of the log-likelihood's curvature, those that are not 0; float64.
-        squares: Squared norm of the weights.
+    The prior is N(0, 1 / precision); the curvature's eigenvalues are float64, without zeros; `squares` is of the weights.
     """
     return -0.5 * ((eigenvalues / precision).log1p().sum().item() + precision * squares)
 
@@ -208,20 +196,12 @@ def only_trainable(model: nn.Module, layers: Layers) -> Iterator[None]:
             module.training = mode
 
 
-# ---- predicting ------------------------------------------------------------------------------------------------------
-
-
 def moments(
     job: Job, state: State, layers: Layers, precisions: Sequence[float], examples: EncodedExamples
 ) -> tuple[Tensor, Tensor]:
     """The Gaussian of every example's logits, less the last class's, under the linearised model.
 
-    Args:
-        job: Model and progress.
-        state: Of :func:`fit`.
-        layers: What it was fitted to.
-        precisions: Prior precisions, all for the price of one.
-        examples: To predict.
+    All prior precisions for the price of one.
 
     Returns:
         Means ``[examples, classes]`` and covariances ``[precisions, examples, classes, classes]``, float64, on the CPU;
