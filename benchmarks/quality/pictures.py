@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def pareto(summary: Summary, task: str, group: str) -> Figure:
             x, y = summary.cost(task, method, cost), summary.score(task, group, method, metric)
             if x is not None and y is not None and x.mean > 0:
                 points[x.mean, y.mean] = method
-                style = {"color": palette[method], "marker": MARKERS[summary.kind(method)]}
+                style: dict[str, Any] = {"color": palette[method], "marker": MARKERS[summary.kind(method)]}
                 label = summary.title(method)
                 ax.errorbar(x.mean, y.mean, y.error, x.error, markersize=7, elinewidth=1, label=label, **style)
         _stretch(ax, "x", [x for x, _ in points], _SPREAD)
@@ -93,9 +93,10 @@ def scores(summary: Summary, task: str) -> Figure:
                 means.append(value.mean)
                 aside = 0 if len(groups) == 1 else 0.14 if group == IN else -0.14
                 kind = summary.kind(method)
-                style = {"color": COLORS[kind], "marker": MARKERS[kind], "markersize": 5.5, "elinewidth": 1.2}
+                style: dict[str, Any] = {"color": COLORS[kind], "marker": MARKERS[kind]}
                 fill = "white" if group == SHIFT else COLORS[kind]
-                ax.errorbar(value.mean, place + aside, xerr=value.error, markerfacecolor=fill, **style)
+                style |= {"markerfacecolor": fill, "markersize": 5.5, "elinewidth": 1.2}
+                ax.errorbar(value.mean, place + aside, xerr=value.error, **style)
         ax.set_yticks(range(len(order)), [summary.title(method) for method in order])
         ax.set(xlabel=f"{METRICS[key].title} (lower is better)", ylim=(-0.7, len(order) - 0.3))
         _stretch(ax, "x", means)

@@ -148,7 +148,8 @@ def draw_confirmed(record: Mapping[str, Any]) -> Figure:
     colors: dict[str, str] = {}
     for (lr, ess, hess_init, beta2, *_), runs in long.groupby(_HYPER, sort=False):
         name = f"lr {lr:g}, sigma {1.0 / math.sqrt(ess * hess_init):.2g}, hess_init {hess_init:g}"
-        style = {"color": colors.setdefault(name, f"C{len(colors)}"), "linestyle": ":" if beta2 == FROZEN else "-"}
+        line = ":" if beta2 == FROZEN else "-"
+        style: dict[str, Any] = {"color": colors.setdefault(name, f"C{len(colors)}"), "linestyle": line}
         for column, kind in enumerate(("samples", "temperatures")):
             means = runs[runs["kind"] == kind].groupby("x")[["nll", "ece"]].mean()
             for row, score in enumerate(means):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -209,7 +210,7 @@ def dials(summary: Summary, task: str) -> list[str]:
     return table(["", "chosen dials"], rows, left=2) if rows else []
 
 
-def problems(summary: Summary, cells: Sequence[tuple[str, str, int, str]]) -> list[str]:
+def problems(summary: Summary, cells: Sequence[tuple[Any, ...]]) -> list[str]:
     """The cells without scores, with their reasons; seeds with the same one share a row."""
     frame = pd.DataFrame(cells, columns=["task", "method", "seed", "reason"]).astype({"seed": str})
     rows = []
