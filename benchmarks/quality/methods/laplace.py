@@ -137,7 +137,7 @@ def fit(job: Job, layers: Layers) -> State:
 def log_evidence(precision: float, eigenvalues: Tensor, squares: float) -> float:
     """Logarithm of the marginal likelihood, up to what does not depend on the prior precision.
 
-    The prior is N(0, 1 / precision); the curvature's eigenvalues are float64, without zeros; `squares` are the weights'.
+    The prior is N(0, 1 / precision). Eigenvalues are those of the curvature, float64 and not 0, `squares` the weights'.
     """
     return -0.5 * ((eigenvalues / precision).log1p().sum().item() + precision * squares)
 
