@@ -6,13 +6,12 @@ import typer
 from typer.core import TyperGroup
 
 from benchmarks import Interruption, UserError
-from benchmarks.compare.cli import compare
 from benchmarks.evaluate.cli import evaluate
 from benchmarks.finetune.cli import INTERRUPTED, finetune
 from benchmarks.quality.cli import quality, recipe
 from benchmarks.readme.cli import readme
 from benchmarks.sharding.cli import sharding
-from benchmarks.speed.cli import speed
+from benchmarks.speed.cli import compare, speed
 from benchmarks.stacking.cli import stacking
 
 

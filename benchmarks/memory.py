@@ -46,13 +46,27 @@ class PeakMemory:
     On a CUDA device this is what torch has allocated there; elsewhere the resident set of the process, on Linux.
 
     Attributes:
-        megabytes: After the block; None where the system does not tell.
+        bytes: After the block; None where the system does not tell.
+        highest: The peak itself, with what was in use before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
         self._before: int | None = None
-        self.megabytes: float | None = None
+        self.bytes: int | None = None
+        self.highest: int | None = None
+
+    @property
+    def megabytes(self) -> float | None:
+        """The same in other units."""
+        return None if self.bytes is None else self.bytes / _MEGABYTE
+
+    def restart(self) -> None:
+        """What the block has taken so far counts only where it is still in use."""
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+        elif self._before is not None:
+            forget_peak()
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
@@ -66,9 +80,14 @@ class PeakMemory:
             self._before = resident("VmRSS")
         return self
 
+    def so_far(self) -> int | None:
+        """The peak since the last restart, in bytes above what was in use before the block."""
+        if self._before is None:
+            return None
+        self.highest = resident("VmHWM") if self._cuda is None else torch.cuda.max_memory_allocated(self._cuda)
+        return max(0, self.highest - self._before)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            peak = resident("VmHWM") if self._cuda is None else torch.cuda.max_memory_allocated(self._cuda)
-            self.megabytes = max(0.0, (peak - self._before) / _MEGABYTE)
+        self.bytes = self.so_far()

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from benchmarks.speed.clock import clock
-from benchmarks.speed.contenders import BASELINE, IVON_OPT, Contender, contenders
-from benchmarks.speed.ours import ONE_LAUNCH, PLAIN, our_name
+from benchmarks.speed.contender import BASELINE, IVON_OPT, LARGE_STEPS, STEP, Contender
+from benchmarks.speed.lineup import ONE_LAUNCH, PLAIN, lineup, our_name
 from benchmarks.speed.verify import Verifier
 from benchmarks.speed.workloads import DTYPES, WORKLOADS, Workload
 
@@ -34,7 +34,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One row for each workload, dtype and contender: a few, or with ``--full`` all."""
     full = metafunc.config.getoption("full")
-    chosen = [c for c in contenders(DEVICE) if full or DEVICE.type != "cpu" or c.name in QUICK_CONTENDERS]
+    steps = [contender for contender in lineup(DEVICE) if contender.quantity == STEP]
+    chosen = [c for c in steps if full or DEVICE.type != "cpu" or c.name in QUICK_CONTENDERS]
     rows = [
         pytest.param(workload, dtype, contender, id=f"{workload.name}-{dtype}-{contender.name}")
         for workload in WORKLOADS
@@ -63,7 +64,7 @@ def test_speed(
         pytest.skip("too slow on a processor at this size")
     if reason := _verifier(workload, dtype).check(contender):
         pytest.fail(reason, pytrace=False)
-    step = contender.prepare(workload, DTYPES[dtype], DEVICE)
+    step = contender.build(workload.parameters(DTYPES[dtype], DEVICE), LARGE_STEPS)
 
     def finished() -> None:
         step()

@@ -110,7 +110,9 @@ def _measured(results: Path, **wanted: str) -> tuple[pd.DataFrame, pd.Series]:
     """The measurements of speed with these values, and how the tables call the workloads."""
     record = _read(results / "speed" / "speed.json")
     found = pd.DataFrame(record["measurements"])
-    found = found[found["error"].isna() & (found[list(wanted)] == pd.Series(wanted)).all(axis=1)]
+    if "error" in found:
+        found = found[found["error"].isna()]
+    found = found[(found[list(wanted)] == pd.Series(wanted)).all(axis=1)]
     return found, pd.DataFrame(record["workloads"]).T
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -14,8 +13,13 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+import ivon_kernels
 from benchmarks import UserError
+from benchmarks.speed.clock import CpuClock
+from benchmarks.speed.contender import Step, reason
 
 IVON, ADAMW = "IVON: train() + step()", "AdamW (fused)"
 OPTIMIZERS = (IVON, ADAMW)
@@ -82,25 +86,20 @@ def _serve(connection: Connection, rank: int, size: int, store: str, shapes: Sha
     try:
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-        optimizers = {name: _build(name, shapes, size) for name in OPTIMIZERS}
-        for optimizer in optimizers.values():
-            _block(optimizer)
+        clock, steps = CpuClock(), {name: _build(name, shapes, size) for name in OPTIMIZERS}
+        for step in steps.values():
+            clock.wall_ms(step, _BLOCK)
         connection.send([])
         while True:
-            connection.send(_block(optimizers[connection.recv()])[1:])
+            connection.send(clock.wall_ms(steps[connection.recv()], _BLOCK)[1:])
     except (EOFError, BrokenPipeError):  # the parent has finished
         pass
     except Exception as error:  # of a rank: the parent raises it, with its text
-        connection.send(f"{type(error).__name__}: {error}")
+        connection.send(reason(error))
 
 
-def _build(name: str, shapes: Shapes, size: int) -> torch.optim.Optimizer:
-    """An optimizer of parameters and gradients of its own."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    import ivon_kernels
-
+def _build(name: str, shapes: Shapes, size: int) -> Step:
+    """An optimizer's step on parameters and gradients of its own."""
     mesh = init_device_mesh("cpu", (size,))
     params = []
     for shape in shapes:
@@ -108,17 +107,6 @@ def _build(name: str, shapes: Shapes, size: int) -> torch.optim.Optimizer:
         param.grad = distribute_tensor(torch.rand(shape) * 0.01, mesh, [Shard(0)])
         params.append(param)
     if name == ADAMW:
-        return torch.optim.AdamW(params, lr=1e-4, fused=True)
-    return ivon_kernels.IVON(params, lr=1e-4, ess=1e6, seed=0, backend="cpu")
-
-
-def _block(optimizer: torch.optim.Optimizer) -> list[float]:
-    sample = getattr(optimizer, "train", None)
-    times = []
-    for _ in range(_BLOCK):
-        begin = time.perf_counter()
-        if sample is not None:
-            sample()
-        optimizer.step()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return times
+        return Step(torch.optim.AdamW(params, lr=1e-4, fused=True).step)
+    optimizer = ivon_kernels.IVON(params, lr=1e-4, ess=1e6, seed=0, backend="cpu")
+    return Step(optimizer.step, begin=optimizer.train)

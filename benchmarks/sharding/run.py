@@ -8,20 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
+import pandas as pd
 from matplotlib import pyplot as plt
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from benchmarks import UserError
 from benchmarks.environment import environment
 from benchmarks.sharding.ranks import IVON, OPTIMIZERS, World
-from benchmarks.speed.plots import BASELINE_COLOR, OUR_COLOR
+from benchmarks.speed.measure import Row, progress, take_turns
+from benchmarks.speed.plots import BASELINE_COLOR, OUR_COLOR, save
 from benchmarks.speed.record import write_json
+from benchmarks.speed.report import form, show, written
 from benchmarks.speed.workloads import Workload, lora
 from ivon_kernels import available_backends
 
@@ -45,76 +42,59 @@ def run(*, worlds: Sequence[int], rounds: int, out: Path) -> list[dict[str, Any]
         raise UserError(f"the cpu backend is missing: {reason}")
     console = Console()
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(WORKLOADS) * rounds)
+    with progress(console) as bar:
+        task = bar.add_task("", total=len(WORKLOADS) * rounds * len(worlds) * len(OPTIMIZERS))
         for workload in WORKLOADS:
-            progress.update(task, description=workload.title)
-            with contextlib.ExitStack() as stack:
-                groups = {size: stack.enter_context(World(size, workload.shapes)) for size in worlds}
-                measured = []
-                for _ in range(rounds):
-                    measured.append(_round(groups))
-                    progress.advance(task)
-            rows += _rows(workload, measured)
-    _print(console, rows)
+            bar.update(task, description=workload.title)
+            rows += _measure(workload, worlds, rounds, lambda: bar.advance(task))
+    columns = {"workload": ("workload", str), "optimizer": ("optimizer", str), "ranks": ("ranks", str)}
+    figures = {"ms": ("ms", form(".2f")), "x perfect share": ("share", form(".2f"))}
+    show(console, "One rank's optimizer step", written(pd.DataFrame(rows), {**columns, **figures}), left=2)
     out.mkdir(parents=True, exist_ok=True)
     record = {"rounds": rounds, "rows": rows, "environment": environment(("torch", "ivon-kernels"))}
     write_json(out / "sharding.json", record)
-    _plot(out / "sharding.png", rows)
+    plot(out / "sharding.png", rows)
     console.print(f"Record and plot: {out / 'sharding.json'}, {out / 'sharding.png'}")
     return rows
 
 
-_Round = dict[tuple[str, int], float]  # (optimizer, ranks): the slowest rank's median step, ms
-
-
-def _round(groups: dict[int, World]) -> _Round:
+def _measure(workload: Workload, worlds: Sequence[int], rounds: int, after: Any) -> list[dict[str, Any]]:
     """Every rank of every world takes its turn, so that a drift of the machine meets all of them."""
-    return {
-        (optimizer, size): max(statistics.median(world.turn(rank, optimizer)) for rank in range(size))
-        for optimizer in OPTIMIZERS
-        for size, world in groups.items()
-    }
+    entries = [(optimizer, size) for optimizer in OPTIMIZERS for size in worlds]
+    rows = [Row(f"{optimizer}, {size} ranks") for optimizer, size in entries]
+    with contextlib.ExitStack() as stack:
+        groups = {size: stack.enter_context(World(size, workload.shapes)) for size in worlds}
+
+        def turn(number: int, done: int) -> dict[str, list[float]]:
+            optimizer, size = entries[number]
+            ranks = [groups[size].turn(rank, optimizer) for rank in range(size)]
+            return {"step": [max(map(statistics.median, ranks))]}
+
+        take_turns(rows, turn, rounds, after=after)
+    if failed := [row for row in rows if row.error]:
+        raise UserError(f"{failed[0].name}: {failed[0].error}")
+    times = {entry: [value for (value,) in row.times["step"]] for entry, row in zip(entries, rows, strict=True)}
+    alone = min(worlds)
+    found = []
+    for (optimizer, size), own in times.items():
+        ratio = statistics.median(a / b for a, b in zip(own, times[optimizer, alone], strict=True))
+        what = {"workload": workload.title, "optimizer": optimizer, "ranks": size}
+        found.append({**what, "ms": statistics.median(own), "share": ratio * size / alone})
+    return found
 
 
-def _rows(workload: Workload, measured: list[_Round]) -> list[dict[str, Any]]:
-    alone = min(size for _, size in measured[0])
-    return [
-        {
-            "workload": workload.title,
-            "optimizer": optimizer,
-            "ranks": size,
-            "ms": statistics.median(one[optimizer, size] for one in measured),
-            "share": statistics.median(one[optimizer, size] / one[optimizer, alone] for one in measured) * size / alone,
-        }
-        for optimizer, size in measured[0]
-    ]
-
-
-def _print(console: Console, rows: list[dict[str, Any]]) -> None:
-    table = Table(title="One rank's optimizer step", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("workload", "optimizer", "ranks", "ms", "x perfect share"):
-        table.add_column(header, justify="left" if header in ("workload", "optimizer") else "right")
-    for row in rows:
-        table.add_row(row["workload"], row["optimizer"], str(row["ranks"]), f"{row['ms']:.2f}", f"{row['share']:.2f}")
-    console.print(table)
-
-
-def _plot(path: Path, rows: list[dict[str, Any]]) -> None:
+def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """Each workload's step time against the number of ranks, with the perfect 1 / ranks."""
-    titles = list(dict.fromkeys(row["workload"] for row in rows))
-    figure, axes = plt.subplots(1, len(titles), figsize=(5.5 * len(titles), 3.6), layout="constrained")
-    for axis, title in zip(axes, titles, strict=True):
-        for optimizer in OPTIMIZERS:
-            shown = [row for row in rows if (row["workload"], row["optimizer"]) == (title, optimizer)]
-            ranks, times = [row["ranks"] for row in shown], [row["ms"] for row in shown]
+    workloads = pd.DataFrame(rows).groupby("workload", sort=False)
+    figure, axes = plt.subplots(1, len(workloads), figsize=(5.5 * len(workloads), 3.6), layout="constrained")
+    for axis, (title, of) in zip(axes, workloads, strict=True):
+        for optimizer, shown in of.groupby("optimizer", sort=False):
             color = OUR_COLOR if optimizer == IVON else BASELINE_COLOR
-            axis.plot(ranks, times, "o-", color=color, label=optimizer)
-            axis.plot(ranks, [times[0] * ranks[0] / n for n in ranks], ":", color=color, label="1 / ranks")
+            axis.plot(shown.ranks, shown.ms, "o-", color=color, label=optimizer)
+            perfect = shown.ms.iloc[0] * shown.ranks.iloc[0] / shown.ranks
+            axis.plot(shown.ranks, perfect, ":", color=color, label="1 / ranks")
         axis.set(title=title, xlabel="ranks", ylabel="ms per step and rank", xscale="log", yscale="log")
-        axis.set_xticks(ranks, [str(n) for n in ranks])
+        axis.set_xticks(of.ranks.unique(), of.ranks.unique().astype(str))
         axis.minorticks_off()
         axis.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save(figure, path, dpi=120)

@@ -1,8 +1,7 @@
-"""What timing needs of a device: how long a step takes there, how much memory it takes, how fast a copy is."""
+"""What timing needs of a device: how long a step takes there, how fast a copy is, how much memory is free."""
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import statistics
 import time
@@ -14,13 +13,12 @@ import torch
 
 from benchmarks import UserError
 from benchmarks.environment import processor
-from benchmarks.memory import forget_peak, resident, return_freed_memory
-from benchmarks.speed.contenders import STEP, Step
+from benchmarks.memory import return_freed_memory
+from benchmarks.speed.contender import STEP, Step
 from ivon_kernels.backends import cpu
 
 KERNEL, HOST = "kernel", "host"  # of a step on a GPU: on the device alone; until the call returns
 _WALL_BLOCKS = 3
-_MEASURABLE = 2**20  # bytes: the resident set of a smaller workload says nothing
 
 
 class CpuClock:
@@ -34,15 +32,15 @@ class CpuClock:
     warm_up = 1  # calls before anything is timed; the first one creates state and compiles
     least = 3  # calls in a turn, unless one takes longer than a turn
     reference_elements = 2**17  # how many the reference computes as well: about 30 ms for a step of them
+    least_peak = 2**20  # bytes: the resident set of a smaller workload says nothing
 
     def describe(self) -> dict[str, Any]:
         """What the figures were measured on."""
-        missing = cpu.missing()
         return {
             "kind": self.kind,
             "name": processor(),
             "threads": torch.get_num_threads(),
-            "simd": cpu.simd_level() if missing is None else None,
+            "simd": cpu.simd_level() if cpu.missing() is None else None,
             "memory": psutil.virtual_memory().total,
             "system": platform.platform(),
         }
@@ -50,29 +48,37 @@ class CpuClock:
     def synchronize(self) -> None:
         """Wait for the device."""
 
+    def mark(self) -> Any:
+        """This moment: of the device's work on a GPU, whose host runs ahead."""
+        return time.perf_counter()
+
+    def span_ms(self, begin: Any, end: Any) -> float:
+        """Milliseconds between two marks; the device must have finished."""
+        return float(end - begin) * 1e3
+
     def wall_ms(self, step: Step, count: int) -> list[float]:
-        """Time of a call, the device's work included, `count` times or for blocks of so many together."""
-        return [self._call_ms(step) for _ in range(count)]
+        """Time of a step, the device's work included, `count` times or for blocks of so many together."""
+        times = []
+        for _ in range(count):
+            if step.before is not None:
+                step.before()
+            self.synchronize()
+            begin = time.perf_counter()
+            step.run()
+            self.synchronize()
+            times.append((time.perf_counter() - begin) * 1e3)
+        return times
 
-    def _call_ms(self, step: Step) -> float:
-        if step.before is not None:
-            step.before()
+    def host_ms(self, call: Callable[[], object]) -> float:
+        """Time until a call returns, the device having nothing to do."""
         self.synchronize()
         begin = time.perf_counter()
-        step.run()
-        self.synchronize()
+        call()
         return (time.perf_counter() - begin) * 1e3
 
-    def host_ms(self, step: Callable[[], object]) -> float:
-        """Time until the call returns, the device having nothing to do."""
-        self.synchronize()
-        begin = time.perf_counter()
-        step()
-        return (time.perf_counter() - begin) * 1e3
-
-    def kernel_ms(self, step: Callable[[], object], host_ms: float) -> float:
+    def kernel_ms(self, call: Callable[[], object], host_ms: float) -> float:
         """Time on the device of one call, from its first kernel to the end of its last."""
-        return self.host_ms(step)
+        return self.host_ms(call)
 
     def step_ms(self, step: Step, count: int) -> dict[str, list[float]]:
         """Times of a whole step, for each of `kinds`."""
@@ -82,37 +88,13 @@ class CpuClock:
         """GB/s of a large copy within the device's memory, counting bytes read and bytes written."""
         source = torch.empty(self.copy_bytes // 4, device=self.device).uniform_(-1, 1)
         target = torch.empty_like(source)
-
-        def copy() -> None:
-            target.copy_(source)
-
-        copy()
-        times = [self.kernel_ms(copy, 0.1) for _ in range(repeats)]
+        target.copy_(source)
+        times = [self.kernel_ms(lambda: target.copy_(source), 0.1) for _ in range(repeats)]
         return 2 * self.copy_bytes / statistics.median(times) / 1e6
 
     def free_bytes(self) -> int | None:
         """Memory that can be had, where asking for more would end the process; None where it would only fail."""
         return int(psutil.virtual_memory().available)
-
-    def allocated(self) -> int:
-        """Bytes in use now."""
-        try:
-            return resident("VmRSS")
-        except OSError:
-            return 0
-
-    def reset_peak(self) -> None:
-        """Forget the peak of the memory."""
-        with contextlib.suppress(OSError):
-            forget_peak()
-
-    def peak_since(self, before: int) -> int | None:
-        """By how much the peak exceeds what was in use `before`; None where that cannot be said."""
-        try:
-            growth = resident("VmHWM") - before
-        except OSError:
-            return None
-        return growth if growth > _MEASURABLE else None
 
     def release(self) -> None:
         """Give unused memory back."""
@@ -149,6 +131,7 @@ class CudaClock(DryClock):
     warm_up = 3
     least = 3
     reference_elements = 2**26
+    least_peak = -1  # an allocator counts every byte
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
@@ -156,21 +139,9 @@ class CudaClock(DryClock):
         self.device = torch.device("cuda", torch.cuda.current_device())
         properties = torch.cuda.get_device_properties(self.device)
         self._flush = torch.empty(4 * properties.L2_cache_size, dtype=torch.uint8, device=self.device)
-        self._cycles_per_ms = self._calibrate()
-
-    def _span(self, work: Callable[[], Any]) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        work()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-    def _calibrate(self) -> float:
-        cycles = 10_000_000
-        sleep: Callable[[int], None] = torch.cuda._sleep
-        self._span(lambda: sleep(cycles))
-        return cycles / self._span(lambda: sleep(cycles))
+        cycles, sleep = 10_000_000, torch.cuda._sleep
+        self._span(lambda: sleep(cycles))  # type: ignore[no-untyped-call]
+        self._cycles_per_ms = cycles / self._span(lambda: sleep(cycles))  # type: ignore[no-untyped-call]
 
     def describe(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.device)
@@ -185,6 +156,21 @@ class CudaClock(DryClock):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def span_ms(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end))
+
+    def _span(self, work: Callable[[], object]) -> float:
+        begin = self.mark()
+        work()
+        end = self.mark()
+        end.synchronize()
+        return self.span_ms(begin, end)
 
     def wall_ms(self, step: Step, count: int) -> list[float]:
         """Steps in a row between two synchronizations; one by one where something comes before each."""
@@ -201,23 +187,14 @@ class CudaClock(DryClock):
             times.append((time.perf_counter() - begin) * 1e3 / each)
         return times
 
-    def kernel_ms(self, step: Callable[[], object], host_ms: float) -> float:
+    def kernel_ms(self, call: Callable[[], object], host_ms: float) -> float:
         self.synchronize()
         self._flush.fill_(1)
         torch.cuda._sleep(int(self._cycles_per_ms * min(2 * host_ms + 0.1, 200.0)))
-        return self._span(step)
+        return self._span(call)
 
     def free_bytes(self) -> int | None:
         return None
-
-    def allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.device)
-
-    def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak_since(self, before: int) -> int | None:
-        return torch.cuda.max_memory_allocated(self.device) - before
 
     def release(self) -> None:
         torch.cuda.empty_cache()

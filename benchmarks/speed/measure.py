@@ -1,24 +1,20 @@
-"""Timing side by side: every contender in turn, round after round, so that a drift of the machine meets all of them."""
+"""Timing side by side: every entry in turn, round after round, so that a drift of the machine meets all of them."""
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.speed.clock import CpuClock
-from benchmarks.speed.contenders import BASELINE, STEP, Contender
+from benchmarks.speed.contender import reason
 from benchmarks.speed.record import Measurement
-from benchmarks.speed.timing import Rounds, quantiles, ratios
-from benchmarks.speed.verify import Verifier, reason
-from benchmarks.speed.workloads import DTYPES, Workload
 
-PART = "steps"
-_MOST_CALLS = 100  # of a contender in a turn
+Rounds = Sequence[Sequence[float]]  # the times of each round
 
 
 class Budget:
@@ -36,178 +32,100 @@ class Budget:
         return Budget(max(self._end - time.monotonic(), 0.0) / parts)
 
 
-@dataclass
-class _Row:
-    """A contender's times by quantity, one list for each round."""
+class Timing(NamedTuple):
+    """Quantiles of all times, the median of each round, and the ratios to the baseline's medians."""
 
-    contender: Contender
+    p20: float
+    p50: float
+    p80: float
+    rounds: list[float]
+    ratios: list[float]
+    ratio: float | None  # their median
+
+
+def timing(times: Rounds, baseline: Rounds | None = None) -> Timing:
+    """Summary of the times of one entry; those of a baseline are from the same rounds."""
+    values = [value for part in times for value in part]
+    deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
+    rounds = [statistics.median(part) for part in times]
+    ratios = [own / statistics.median(base) for own, base in zip(rounds, baseline or (), strict=False)]
+    middle = statistics.median(ratios) if ratios else None
+    return Timing(deciles[1], statistics.median(values), deciles[7], rounds, ratios, middle)
+
+
+@dataclass
+class Row:
+    """An entry's times by quantity, one list for each round."""
+
+    name: str
+    ours: bool = False
     error: str | None = None  # why it was not measured
     failed: bool = False  # though it could run here
+    turns: int = 1_000  # at most so many
     times: dict[str, list[list[float]]] = field(default_factory=dict)
-    peaks: list[int | None] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)  # bytes
+
+    def measurement(
+        self,
+        place: tuple[str, str, str],
+        quantity: str,
+        unit: str,
+        baseline: tuple[str | None, Rounds | None] = (None, None),
+        **further: Any,
+    ) -> Measurement:
+        """What was found of one quantity, or why it was not.
+
+        Args:
+            place: Part, workload and dtype.
+            quantity: What was measured.
+            unit: Of its times.
+            baseline: Its name and times.
+            **further: Other fields.
+        """
+        if self.error is None:
+            further |= timing(self.times[quantity], baseline[1])._asdict() | {"baseline": baseline[0]}
+        name, ours, error = self.name, self.ours, self.error
+        return Measurement(*place, contender=name, ours=ours, quantity=quantity, unit=unit, error=error, **further)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What was measured on one workload, and what of ours was not right or failed."""
-
-    measurements: list[Measurement]
-    copy_gbps: float
-    wrong: dict[str, str]
-
-
-class Comparer:
-    """Compares the contenders of a device on one workload after the other.
+def take_turns(
+    rows: Sequence[Row],
+    turn: Callable[[int, int], dict[str, list[float]]],
+    rounds: int,
+    *,
+    enough_time: Callable[[], bool] = lambda: True,
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """One turn for each row, round after round; a row that fails keeps the reason and sits out.
 
     Args:
-        clock: The device.
-        contenders: One of them is the baseline of the ratios.
-        rounds: Turns of each contender, if the time allows; at least one.
-        turn_ms: About how long a turn measures.
-        skip: Why a contender shall not run on a workload, or None.
-        tick: Called after every turn, and at the end for those that did not come about.
+        rows: Where the times go.
+        turn: Gives the times of the row with this number, by quantity, in the round with this number.
+        rounds: How many, if the time allows; at least one.
+        enough_time: Asked before every round but the first.
+        after: Called after every turn, and at the end for those that did not come about.
     """
-
-    def __init__(
-        self,
-        clock: CpuClock,
-        contenders: Sequence[Contender],
-        *,
-        rounds: int,
-        turn_ms: float,
-        skip: Callable[[Contender, Workload], str | None] = lambda contender, workload: None,
-        tick: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._clock, self._contenders, self._skip, self._tick = clock, contenders, skip, tick
-        self._rounds, self._turn_ms = rounds, turn_ms
-
-    def __call__(self, workload: Workload, dtype_name: str, budget: Budget) -> Comparison:
-        """Verifies and measures."""
-        try:
-            return self._compare(workload, dtype_name, budget)
-        finally:
-            gc.unfreeze()  # what _clean froze
-
-    def _compare(self, workload: Workload, dtype_name: str, budget: Budget) -> Comparison:
-        dtype = DTYPES[dtype_name]
-        verifier = Verifier(workload, dtype, self._clock.device, self._clock.reference_elements)
-        rows = []
-        for contender in self._contenders:
-            row = _Row(contender, self._unable(contender, workload))
-            if row.error is None:
-                row.error = verifier.check(contender)
-                row.failed = row.error is not None
-                self._clean()
-            rows.append(row)
-        del verifier
-        self._clean()
-        copied = self._clock.copy_gbps()
-        self._measure(rows, workload, dtype, budget)
-        wrong = {_name(row.contender): row.error or "" for row in rows if row.contender.ours and row.failed}
-        measurements = [m for row in rows for m in self._measurements(row, rows, workload, dtype_name, copied)]
-        return Comparison(measurements, copied, wrong)
-
-    def _unable(self, contender: Contender, workload: Workload) -> str | None:
-        """Why a contender does not run on a workload."""
-        if known := contender.missing() or self._skip(contender, workload):
-            return known
-        free = self._clock.free_bytes()
-        if free is None:
-            return None
-        if contender.most_elements is not None and workload.elements > contender.most_elements:
-            return f"takes too long on a CPU for more than {contender.most_elements / 1e6:g}M elements"
-        needed = workload.elements * contender.bytes_needed
-        if needed > free:
-            return f"may need {needed / 2**30:.1f} GiB of memory, {free / 2**30:.1f} are free"
-        return None
-
-    def _clean(self) -> None:
-        gc.collect()
-        gc.freeze()  # what is still there stays, peers' modules for the most: the next collection need not look at it
-        self._clock.release()
-
-    def _measure(self, rows: list[_Row], workload: Workload, dtype: torch.dtype, budget: Budget) -> None:
-        done = 0
-        while done < self._rounds and (not done or budget.left()):
-            for row in rows:
-                if row.error is None and done < row.contender.turns:
-                    try:
-                        self._turn(row, workload, dtype)
-                    except Exception as error:  # a row of the table, not the end of the suite
-                        row.error, row.failed = reason(error), True
-                    self._clean()
-                self._tick()
-            done += 1
-        for _ in range((self._rounds - done) * len(rows)):
-            self._tick()
-
-    def _turn(self, row: _Row, workload: Workload, dtype: torch.dtype) -> None:
-        """One turn of one contender, from fresh tensors to memory given back."""
-        clock, before = self._clock, self._clock.allocated()
-        step = row.contender.build(workload.parameters(dtype, clock.device))
-        for _ in range(clock.warm_up):
-            step()
-        clock.synchronize()
-        clock.reset_peak()
-        once = clock.wall_ms(step, 1)
-        row.peaks.append(clock.peak_since(before))
-        count = max(clock.least, min(_MOST_CALLS, int(self._turn_ms / len(clock.kinds) / max(once[0], 1e-6))))
-        whole = row.contender.quantity == STEP
-        if len(clock.kinds) == 1 and once[0] >= self._turn_ms:
-            times = {row.contender.quantity: once}
-        else:
-            times = clock.step_ms(step, count) if whole else {row.contender.quantity: clock.wall_ms(step, count)}
-        for quantity, values in times.items():
-            row.times.setdefault(quantity, []).append(values)
-
-    def _measurements(
-        self, row: _Row, rows: list[_Row], workload: Workload, dtype_name: str, copied: float
-    ) -> list[Measurement]:
-        """What a row gives: one measurement for each of its quantities, or one that says why there is none."""
-        contender = row.contender
-        what = (PART, workload.name, dtype_name, contender.name, contender.ours)
-        moved = contender.bytes_per_element(DTYPES[dtype_name])
-        if row.error is not None:
-            return [Measurement(*what, contender.quantity, "ms", bytes_per_element=moved, error=row.error)]
-        peaks = [peak / workload.elements for peak in row.peaks if peak is not None]
-        found = []
-        for quantity, times in row.times.items():
-            baseline, base = _baseline(rows, quantity)
-            main = self._clock.moving if contender.quantity == STEP else contender.quantity
-            moving = moved if quantity == main else None
-            quotients = ratios(times, base) if base else None
-            p20, p50, p80 = quantiles([value for part in times for value in part])
-            gbps = None if moving is None else moving * workload.elements / p50 / 1e6
-            found.append(
-                Measurement(
-                    *what,
-                    quantity,
-                    "ms",
-                    *(p20, p50, p80),
-                    rounds=[statistics.median(part) for part in times],
-                    baseline=baseline,
-                    ratios=quotients,
-                    ratio=statistics.median(quotients) if quotients else None,
-                    bytes_per_element=moving,
-                    gbps=gbps,
-                    copy_share=None if gbps is None else gbps / copied,
-                    peak_bytes_per_element=statistics.median(peaks) if peaks and quantity == STEP else None,
-                )
-            )
-        return found
+    done = 0
+    while done < rounds and (not done or enough_time()):
+        for number, row in enumerate(rows):
+            if row.error is None and done < row.turns:
+                try:
+                    for quantity, values in turn(number, done).items():
+                        row.times.setdefault(quantity, []).append(values)
+                except Exception as error:  # a row of the table, not the end of the suite
+                    row.error, row.failed = reason(error), True
+            after()
+        done += 1
+    for _ in range((rounds - done) * len(rows)):
+        after()
 
 
-def _name(contender: Contender) -> str:
-    return contender.name if contender.quantity == STEP else f"{contender.name}: {contender.quantity}"
+def progress(console: Console) -> Progress:
+    """A bar that goes away."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
-def _baseline(rows: list[_Row], quantity: str) -> tuple[str | None, Rounds | None]:
-    """The baseline's times of the same quantity, or of a whole step where it has none such."""
-    times: dict[str, Rounds] = {}
-    for row in rows:
-        if row.contender.name == BASELINE and row.error is None:
-            times.update(row.times)
-    for found, name in ((quantity, BASELINE), (STEP, f"{BASELINE}, {STEP}")):
-        if times.get(found):
-            return name, times[found]
-    return None, None
+def wrong(rows: Iterable[Row]) -> dict[str, str]:
+    """What of ours failed though it could run, with the reason."""
+    return {row.name: row.error or "" for row in rows if row.ours and row.failed}

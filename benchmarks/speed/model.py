@@ -1,17 +1,13 @@
-"""A whole LoRA finetuning step: what the optimizer costs where it is used.
+"""The part `model`: a whole LoRA finetuning step, what the optimizer costs where it is used.
 
 The optimizers take turns of a few steps on one model, round after round, each from the same weights and on the same
-batches, so that a drift of the machine meets all of them. A step is timed as a whole, and apart as forward and backward
-pass, and optimizer: sampling, step, restore and `zero_grad`.
-
-Before that every optimizer of ours must give the reference backend's weights bit for bit on the model's own gradients,
-foreach AdamW those of fused AdamW but for rounding, and the others finite weights that changed.
+batches. A step is timed as a whole, and apart as forward and backward pass, and optimizer: sampling, step, restore and
+`zero_grad`. Before that every optimizer is verified on the model's own tensors and gradients.
 """
 
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,13 +19,16 @@ from torch import Tensor
 
 from benchmarks import UserError
 from benchmarks.environment import version
+from benchmarks.memory import PeakMemory
 from benchmarks.speed.clock import CpuClock
-from benchmarks.speed.contenders import BASELINE
-from benchmarks.speed.model_optimizers import Optimizer, optimizers, wrong
+from benchmarks.speed.contender import BASELINE, FOREACH, IVON_OPT, LORA, STEP, Contender
+from benchmarks.speed.lineup import ONE_LAUNCH, PLAIN, lineup
+from benchmarks.speed.measure import Row, take_turns, wrong
 from benchmarks.speed.record import Measurement
-from benchmarks.speed.timing import quantiles, ratios
+from benchmarks.speed.verify import Verifier
+from benchmarks.speed.workloads import Given
 
-PART = "model"  # of the suite
+PART = "model"
 WHOLE, PASSES, OPTIMIZER = "whole step", "forward and backward", "optimizer"
 QUANTITIES = (WHOLE, PASSES, OPTIMIZER)
 
@@ -39,14 +38,15 @@ class Job:
     """A model to finetune and the size of a batch; the tokens are random, as the cost does not depend on them."""
 
     name: str
-    title: str
     build: Callable[[torch.device], Any]  # the model with LoRA
     batch: int
     tokens: int
     warm_up: int  # whole steps at the beginning of a turn that are not counted
 
 
-def _random_llama(dtype: torch.dtype, rank: int, **config: int) -> Callable[[torch.device], Any]:
+def _random_llama(
+    dtype: torch.dtype, rank: int, vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int
+) -> Callable[[torch.device], Any]:
     """A Llama with random weights and LoRA on q and v."""
 
     def build(device: torch.device) -> Any:
@@ -55,10 +55,16 @@ def _random_llama(dtype: torch.dtype, rank: int, **config: int) -> Callable[[tor
 
         with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is renaming
-            base = transformers.AutoModelForCausalLM.from_config(
-                transformers.LlamaConfig(**config, use_cache=False),  # type: ignore[arg-type]
-                dtype=dtype,
+            config = transformers.LlamaConfig(
+                vocab_size=vocabulary,
+                hidden_size=hidden,
+                intermediate_size=intermediate,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=heads,
+                use_cache=False,
             )
+            base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
             lora = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["q_proj", "v_proj"])
             return peft.get_peft_model(base, lora)
 
@@ -73,42 +79,10 @@ def _smollm2(device: torch.device) -> Any:
     return add_lora(model, seed=0)
 
 
-LLAMA_2_7B = Job(
-    "llama-2-7b",
-    "Llama-2-7B, random bfloat16 weights, LoRA r=8 on q, v",
-    _random_llama(
-        torch.bfloat16,
-        rank=8,
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=32,
-    ),
-    batch=4,
-    tokens=320,
-    warm_up=3,
-)
+LLAMA_2_7B = Job("llama-2-7b", _random_llama(torch.bfloat16, 8, 32000, 4096, 11008, 32, 32), 4, 320, warm_up=3)
 # No warm-up on a processor: a pass takes a second, whatever is in its caches.
-SMOLLM2 = Job("smollm2-135m", "SmolLM2-135M, LoRA r=8 on q, v", _smollm2, batch=8, tokens=24, warm_up=0)
-TOY = Job(
-    "toy",
-    "a tiny Llama, LoRA r=2 on q, v",
-    _random_llama(
-        torch.float32,
-        rank=2,
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    ),
-    batch=2,
-    tokens=8,
-    warm_up=1,
-)
+SMOLLM2 = Job("smollm2-135m", _smollm2, 8, 24, warm_up=0)
+TOY = Job("toy", _random_llama(torch.float32, 2, 64, 16, 32, 2, 2), 2, 8, warm_up=1)
 
 
 def job_for(device: torch.device) -> Job:
@@ -116,19 +90,27 @@ def job_for(device: torch.device) -> Job:
     return SMOLLM2 if device.type == "cpu" else LLAMA_2_7B
 
 
+def contenders(device: torch.device) -> Sequence[Contender]:
+    """The optimizers; the first one is the baseline of the ratios."""
+
+    def chosen(contender: Contender) -> bool:
+        mode = contender.name.partition(", ")[2]
+        return mode in (PLAIN, ONE_LAUNCH) if contender.ours else contender.name in (BASELINE, FOREACH, IVON_OPT)
+
+    return [contender for contender in lineup(device) if contender.quantity == STEP and chosen(contender)]
+
+
 class Problem:
     """A job's model in training mode, its trainable parameters, and batches by number."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.job = job
+        self.job, self.device = job, device
         self.model: Any = job.build(device)
         self.model.train()
-        self.device = device
         self.params = [param for param in self.model.parameters() if param.requires_grad]
         self.elements = sum(param.numel() for param in self.params)
         self.dtype = str(self.params[0].dtype).removeprefix("torch.")
-        self.checkpointing = False
         self._home = [param.data for param in self.params]
         self._start = [param.data.clone() for param in self.params]
         self.gradients: list[Tensor] = self._fit()
@@ -153,6 +135,11 @@ class Problem:
         for param, gradient in zip(self.params, self.gradients, strict=True):
             param.grad = gradient.clone()
 
+    def tensors(self) -> Given:
+        """Weights and gradients for the verification."""
+        shapes = tuple(tuple(param.shape) for param in self.params)
+        return Given(self.job.name, "", shapes, tuple(zip(self._start, self.gradients, strict=True)))
+
     def _fit(self) -> list[Tensor]:
         """The first batch's gradients; with checkpointing if the memory does not suffice without.
 
@@ -168,100 +155,52 @@ class Problem:
             torch.cuda.empty_cache()
             self.model.enable_input_require_grads()
             self.model.gradient_checkpointing_enable()
-            self.checkpointing = True
             self.loss(0).backward()
         gradients = [param.grad.clone() for param in self.params if param.grad is not None]
         self.reset()
         return gradients
 
 
-class Marks:
-    """Moments within a step: of the device's work on a GPU, whose host runs ahead, else of the clock."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type != "cpu"
-        self._events: list[torch.cuda.Event] = []
-        self._times: list[float] = []
-
-    def mark(self) -> None:
-        """Remember this moment."""
-        if self._on_gpu:
-            self._events.append(torch.cuda.Event(enable_timing=True))
-            self._events[-1].record()
-        else:
-            self._times.append(time.perf_counter() * 1e3)
-
-    def spans(self) -> list[float]:
-        """Milliseconds between the moments; the device must have finished."""
-        events = [begin.elapsed_time(end) for begin, end in zip(self._events, self._events[1:], strict=False)]
-        return events or [end - begin for begin, end in zip(self._times, self._times[1:], strict=False)]
-
-
-@dataclass
-class _Entry:
-    """An optimizer's figures so far."""
-
-    optimizer: Optimizer
-    error: str | None
-    times: dict[str, list[list[float]]] = field(default_factory=lambda: {name: [] for name in QUANTITIES})
-    peak: int = 0
-
-
-def _turn(entry: _Entry, problem: Problem, clock: CpuClock, numbers: Sequence[int]) -> None:
+def _turn(contender: Contender, row: Row, problem: Problem, clock: CpuClock, numbers: range) -> dict[str, list[float]]:
     """A new optimizer from the start, and its steps on these batches."""
     problem.reset()
     clock.release()
-    loop = entry.optimizer.build(problem.params)
-    loop.begin()  # state is made in the first step, which needs no passes
+    optimizer = contender.build(problem.params, LORA)
+    optimizer.begin()  # state is made in the first step, which needs no passes
     problem.give_gradients()
-    loop.finish()
-    turn: dict[str, list[float]] = {name: [] for name in QUANTITIES}
+    optimizer.finish()
+    optimizer.optimizer.zero_grad()
 
-    def step(number: int) -> None:
-        marks = Marks(clock.device)
+    def step(number: int) -> tuple[float, float, float]:
         clock.synchronize()
-        begin = time.perf_counter()
-        marks.mark()
-        loop.begin()
-        marks.mark()
+        begin, marks = time.perf_counter(), [clock.mark()]
+        optimizer.begin()
+        marks.append(clock.mark())
         problem.loss(number).backward()
-        marks.mark()
-        loop.finish()
-        marks.mark()
+        marks.append(clock.mark())
+        optimizer.finish()
+        optimizer.optimizer.zero_grad()
+        marks.append(clock.mark())
         clock.synchronize()
-        turn[WHOLE].append((time.perf_counter() - begin) * 1e3)
-        before, passes, after = marks.spans()
-        turn[PASSES].append(passes)
-        turn[OPTIMIZER].append(before + after)
+        whole = (time.perf_counter() - begin) * 1e3
+        before, passes, after = map(clock.span_ms, marks, marks[1:])
+        return whole, passes, before + after
 
     for _ in range(problem.job.warm_up):
         step(numbers[0])
-    for times in turn.values():
-        times.clear()
-    clock.reset_peak()
-    for number in numbers:
-        step(number)
-    entry.peak = max(entry.peak, clock.peak_since(0) or 0)
-    for name, times in turn.items():
-        entry.times[name].append(times)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    with PeakMemory(clock.device) as peak:
+        times = [step(number) for number in numbers]
+    row.peaks.append(peak.highest or 0)
+    return {quantity: list(values) for quantity, values in zip(QUANTITIES, zip(*times, strict=True), strict=True)}
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was measured: for each optimizer one measurement of each of :data:`QUANTITIES`, or why nothing was."""
+    """A measurement of each of :data:`QUANTITIES` for each optimizer, or why there is none; what of ours was wrong."""
 
     measurements: list[Measurement]
     skipped: str = ""
-    setting: dict[str, Any] = field(default_factory=dict)  # batch, sizes, and whether checkpointing was needed
-
-    @property
-    def wrong(self) -> dict[str, str]:
-        """What of ours failed or was not right, with the reason."""
-        return {m.contender: m.error for m in self.measurements if m.ours and m.error and m.quantity == WHOLE}
+    wrong: dict[str, str] = field(default_factory=dict)
 
 
 def measure(
@@ -273,7 +212,7 @@ def measure(
     enough_time: Callable[[], bool],
     tick: Callable[[], None] = lambda: None,
 ) -> Found:
-    """Checks the optimizers, then times the whole step with each in turn, round after round.
+    """Verifies the optimizers, then times the whole step with each in turn, round after round.
 
     Args:
         job: Model and batch.
@@ -281,7 +220,7 @@ def measure(
         rounds: Turns of each optimizer, if the time allows; at least one.
         steps: Counted steps of a turn.
         enough_time: Asked before every round but the first.
-        tick: Called `rounds` times for each optimizer, if all rounds are run.
+        tick: Called `rounds` times for each optimizer.
     """
     for package in ("transformers", "peft"):
         if version(package) is None:
@@ -290,67 +229,27 @@ def measure(
         problem = Problem(job, clock.device)
     except UserError as error:
         return Found([], str(error))
-    entries = [_Entry(o, o.missing()) for o in optimizers(clock.device)]
-    _check(entries, problem)
-    done = 0
-    while done < rounds and (not done or enough_time()):
+    verifier = Verifier(problem.tensors(), problem.params[0].dtype, clock.device, problem.elements, LORA)
+    chosen = contenders(clock.device)
+    rows = verifier.rows(chosen, Contender.missing)
+    del verifier
+    gc.collect()
+
+    def turn(number: int, done: int) -> dict[str, list[float]]:
         numbers = range(done * steps, (done + 1) * steps)
-        for entry in entries:
-            if entry.error is None:
-                try:
-                    _turn(entry, problem, clock, numbers)
-                except Exception as error:  # a row of the table, not the end of the suite
-                    entry.error = _reason(error)
-            gc.collect()
-            tick()
-        done += 1
-    setting = {
-        "title": job.title,
-        "batch": job.batch,
-        "tokens": job.tokens,
-        "lora_elements": problem.elements,
-        "lora_tensors": len(problem.params),
-        "checkpointing": problem.checkpointing,
-    }
-    measured = [_measurement(entry, entries[0], problem, name) for entry in entries for name in QUANTITIES]
-    return Found(measured, setting=setting)
+        return _turn(chosen[number], rows[number], problem, clock, numbers)
 
+    def after() -> None:
+        gc.collect()
+        tick()
 
-def _check(entries: Sequence[_Entry], problem: Problem) -> None:
-    """Takes those that are wrong out of the measurement."""
-    for entry in entries:
-        if entry.error is None:
-            try:
-                entry.error = wrong(entry.optimizer, problem.params, problem.reset, problem.give_gradients)
-            except Exception as error:  # a row of the table, not the end of the suite
-                entry.error = _reason(error)
-    problem.reset()
-
-
-def _measurement(entry: _Entry, baseline: _Entry, problem: Problem, quantity: str) -> Measurement:
-    """One quantity; the peak of memory (the model's included, per LoRA element) is the whole step's."""
-    optimizer = entry.optimizer
-    what = (PART, f"{problem.job.name} finetuning step", problem.dtype, optimizer.name, optimizer.ours, quantity, "ms")
-    if entry.error is not None:
-        return Measurement(*what, error=entry.error)
-    times = entry.times[quantity]
-    over = None if baseline.error else ratios(times, baseline.times[quantity])
-    return Measurement(
-        *what,
-        *quantiles([value for turn in times for value in turn]),
-        rounds=[statistics.median(turn) for turn in times],
-        baseline=BASELINE,
-        ratios=over,
-        ratio=statistics.median(over) if over else None,
-        peak_bytes_per_element=entry.peak / problem.elements if entry.peak and quantity == WHOLE else None,
-    )
-
-
-def shares(measurements: Sequence[Measurement]) -> dict[str, float]:
-    """The optimizer's share of the step, for each contender: of the medians of the optimizer and of both parts."""
-    medians = {(m.contender, m.quantity): m.p50 for m in measurements if m.error is None and m.p50 is not None}
-    return {
-        name: part / (part + medians[name, PASSES])
-        for (name, quantity), part in medians.items()
-        if quantity == OPTIMIZER
-    }
+    take_turns(rows, turn, rounds, enough_time=enough_time, after=after)
+    place = (PART, f"{job.name} finetuning step", problem.dtype)
+    measured = []
+    for row in rows:
+        for quantity in QUANTITIES:
+            base = (BASELINE, rows[0].times[quantity]) if rows[0].error is None else (None, None)
+            # The peak, the model included, is the whole step's.
+            peak = max(row.peaks) / problem.elements if row.peaks and quantity == WHOLE else None
+            measured.append(row.measurement(place, quantity, "ms", base, peak_bytes_per_element=peak))
+    return Found(measured, wrong=wrong(rows))

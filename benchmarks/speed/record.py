@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from benchmarks import UserError
+
 SCHEMA = 1
 FILE = "speed.json"
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """The record that a figure needs to exist."""
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+_DIGITS = 8  # of a figure in a file
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,18 @@ class Measurement:
     p50: float | None = None
     p80: float | None = None
     rounds: Sequence[float] = ()  # the median of each round
-    baseline: str | None = None
-    ratios: Sequence[float] | None = None  # own median over the baseline's, round by round
+    ratios: Sequence[float] = ()  # over the baseline's, round by round
     ratio: float | None = None  # their median
+    baseline: str | None = None
     bytes_per_element: int | None = None  # that must move
     gbps: float | None = None
     copy_share: float | None = None  # of the bandwidth of a copy
     peak_bytes_per_element: float | None = None  # of memory, with weights, gradients and state
     error: str | None = None  # why it was not measured
 
-    @property
-    def key(self) -> tuple[str, str, str, str]:
-        """What it is a measurement of."""
-        return self.workload, self.dtype, self.contender, self.quantity
+
+KEY = ["workload", "dtype", "contender", "quantity"]
+_FIELDS = (*KEY, "part", "ours", "unit")
 
 
 @dataclass
@@ -59,28 +58,26 @@ class Record:
     left_out: list[dict[str, str]] = field(default_factory=list)  # part, what, why
     copy_gbps: dict[str, float] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
+    path: Path | None = None  # where it was read
 
     @property
     def dry_run(self) -> bool:
         """Whether its figures mean nothing."""
         return bool(self.settings.get("dry_run"))
 
-    def find(self, workload: str, dtype: str, contender: str, quantity: str) -> Measurement | None:
-        """A measurement that did not fail."""
-        key = (workload, dtype, contender, quantity)
-        return next((m for m in self.measurements if m.key == key and m.error is None), None)
+    def frame(self) -> pd.DataFrame:
+        """The measurements as rows, with `tensors` and `elements` of their workloads where it is known."""
+        rows = pd.DataFrame([vars(m) for m in self.measurements], columns=list(Measurement.__dataclass_fields__))
+        about = pd.DataFrame(self.workloads.values(), list(self.workloads), ["tensors", "elements"]).astype(float)
+        figures = ["p20", "p50", "p80", "ratio", "bytes_per_element", "gbps", "copy_share", "peak_bytes_per_element"]
+        # Text as objects: a column of nothing but None would be of numbers, which cannot be joined to text.
+        kinds = {name: float if name in figures else object for name in rows} | {"ours": bool}
+        return rows.astype(kinds).join(about, on="workload")
 
-    def of(self, workload: str, dtype: str, quantity: str | None = None) -> list[Measurement]:
-        """The measurements of one workload that did not fail."""
-        return [
-            m
-            for m in self.measurements
-            if (m.workload, m.dtype) == (workload, dtype) and m.error is None and quantity in (None, m.quantity)
-        ]
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """Workloads and dtypes, in their order."""
-        return list(dict.fromkeys((m.workload, m.dtype) for m in self.measurements))
+    def measured(self, part: str | None = None) -> pd.DataFrame:
+        """The rows that did not fail, of a part or of all."""
+        rows = self.frame()
+        return rows[rows.error.isna() & (True if part is None else rows.part == part)]
 
     def replace_part(
         self, part: str, measurements: Iterable[Measurement], left_out: Iterable[tuple[str, str]] = ()
@@ -97,14 +94,50 @@ class Record:
         self.left_out += [{"part": part, "what": what, "why": why} for what, why in left_out]
 
     def write(self, out: Path) -> None:
-        """As `speed.json`."""
-        write_json(out / FILE, {"schema": SCHEMA, **asdict(self)})
+        """As `speed.json`, without the fields of a measurement that say nothing."""
+        kept = [{key: value for key, value in vars(m).items() if value not in (None, ())} for m in self.measurements]
+        content = {**asdict(self), "measurements": kept}
+        write_json(out / FILE, {"schema": SCHEMA, **{key: content[key] for key in content if key != "path"}})
 
 
-def read(out: Path) -> Record | None:
-    """The record in a folder, or None if there is none of this schema."""
-    path = out / FILE
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if found.pop("schema", None) != SCHEMA:
-        return None
-    return Record(**{**found, "measurements": [Measurement(**m) for m in found["measurements"]]})
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """One line for each entry, and for each row of a list of rows; figures with eight digits."""
+    lines = []
+    for key, value in record.items():
+        rows = value if isinstance(value, list) and value and isinstance(value[0], dict) else None
+        text = json.dumps(_rounded(value)) if rows is None else ",\n  ".join(json.dumps(_rounded(row)) for row in rows)
+        lines.append(f"{json.dumps(key)}: " + (text if rows is None else f"[\n  {text}\n]"))
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+def read(path: Path) -> Record:
+    """Reads a record.
+
+    Args:
+        path: A `speed.json`.
+
+    Raises:
+        UserError: The file is missing, is no record of the suite, or is one of another schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict) or "schema" not in content:
+        raise UserError(f"{path} is no record of the speed suite; `python -m benchmarks speed` writes one, {FILE}")
+    if (schema := content.pop("schema")) != SCHEMA:
+        raise UserError(f"{path} has schema {schema}, this version reads schema {SCHEMA}; measure again")
+    rows = content.get("measurements", [])
+    for row in rows:
+        if missing := [name for name in _FIELDS if name not in row]:
+            raise UserError(f"{path}: a measurement without {', '.join(missing)}: {row.get('contender', row)}")
+        row["ratios"] = row.get("ratios") or ()  # where there is no baseline: null in older records
+    return Record(**{"device": {}, **content, "measurements": [Measurement(**row) for row in rows], "path": path})

@@ -1,254 +1,131 @@
-"""What was promised, held against what was measured.
+"""What was promised, held against what was measured: one row for each target.
 
 Each target is the worst of its cases. On a GPU a case of ours takes the faster backend, as `backend=None` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from benchmarks.speed import host, memory, traffic
-from benchmarks.speed.clock import KERNEL
-from benchmarks.speed.contenders import BASELINE, IVON_OPT, STEP
-from benchmarks.speed.ours import ONE_LAUNCH, PLAIN, our_name
-from benchmarks.speed.record import Measurement, Record
-from benchmarks.speed.workloads import DTYPES, short
+import pandas as pd
 
-LARGE, FLAT, SCALING = 39_000_000, 100_000_000, 4_000_000  # elements
-MODEL_QUANTITY = "whole step"
-_MEGABYTE = 2**20
-_GPU = ("cuda", "triton")
-_HOST = ((host.PATH, "addresses + arguments + launch"), (host.WHOLE, "train() + step()"))
-_HOST_US = {128: 30.0, 450: 100.0}
-Cases = Iterable[tuple[str, float]]
+from benchmarks.speed import host, model, steps, traffic
+from benchmarks.speed.contender import BASELINE, IVON_OPT
+from benchmarks.speed.lineup import ONE_LAUNCH, PLAIN
+from benchmarks.speed.record import Record
+from benchmarks.speed.workloads import DTYPES
 
 
-@dataclass(frozen=True)
-class Target:
-    """A bound, and the case that is farthest from it."""
+class Target(NamedTuple):
+    """A bound for a figure, a column of :func:`figures`, in the rows that a query finds there."""
 
     name: str
+    query: str
     bound: float
-    at_least: bool
-    measured: float | None
-    where: str
-
-    @property
-    def met(self) -> bool:
-        """Whether it was measured and keeps the bound."""
-        return self.measured is not None and self.margin >= 0
-
-    @property
-    def margin(self) -> float:
-        """By how much of the bound it is kept (negative: missed)."""
-        if self.measured is None:
-            return 0.0
-        return round((self.measured / self.bound - 1) * (1 if self.at_least else -1), 4)
-
-    @property
-    def verdict(self) -> str:
-        """In words."""
-        if self.measured is None:
-            return "not measured"
-        return f"{'met' if self.met else 'missed'} by {abs(self.margin):.1%}"
-
-    def record(self) -> dict[str, Any]:
-        """For the JSON."""
-        margin = self.margin if self.measured is not None else None
-        return {**vars(self), "met": self.met, "margin": margin, "verdict": self.verdict}
+    figure: str = "ratio"
+    at_least: bool = False
 
 
-def target(name: str, bound: float, cases: Cases, *, at_least: bool = False) -> Target:
-    """The worst of the cases against the bound; no cases: not measured."""
-    worst = (min if at_least else max)(cases, key=lambda case: case[1], default=None)
-    return Target(name, bound, at_least, worst[1] if worst else None, worst[0] if worst else "")
+_CPU = f"kind == 'cpu' and dtype == 'float32' and mode == '{PLAIN}' and quantity =="
+_GPU = f"kind == 'cuda' and mode == '{PLAIN}' and quantity =="
+_ONE = f"kind == 'cuda' and mode == '{ONE_LAUNCH}' and quantity == 'kernel'"
+_LLAMA = "'step' and workload == 'llama-2-7b-r8-qv'"
+_ADAPTERS = "workload.str.startswith('llama-2-7b')"
+_WIDE = "GPU, 40M and above: bandwidth / copy"
+_HUGE = f"{_ONE} and dtype == 'float32' and tensors == 1 and elements >= 100_000_000"
+_TRAINING = f"{_GPU} '{model.WHOLE}'"
+_FAST = "GPU, one launch / fused AdamW, float32, 100M and 1B"
+_LORA = "GPU, 7B LoRA training step"
 
 
-def targets(record: Record) -> list[Target]:
-    """All of them: those of the other kind of device are not measured."""
-    on_gpu = record.device.get("kind") == "cuda"
-    nothing = Record(device={})
-    gpu, cpu = (record, nothing) if on_gpu else (nothing, record)
-    return [*cpu_targets(cpu), *gpu_targets(gpu), *model_targets(gpu), *host_targets(record)]
+def _host(what: str, contender: str, count: int, most: float, state: str, quantity: str) -> Target:
+    name = f"host, {count} tensors: us of {what}, {state} gradients"
+    query = f"contender == '{contender}' and workload == '{count}-tiny' and quantity == '{quantity}'"
+    return Target(name, query, most, "p50")
 
 
-# ---- the processor ---------------------------------------------------------------------------------------------------
+TARGETS = (
+    Target("CPU, Llama-2-7B r=8: ivon-opt / sample + step", f"{_CPU} {_LLAMA}", 10, "ivon_opt", at_least=True),
+    Target("CPU, Llama-2-7B r=8: sample + step / fused AdamW", f"{_CPU} {_LLAMA}", 3),
+    Target("CPU, Llama-2-7B r=8: one pass / fused AdamW", f"{_CPU} {_LLAMA}".replace(PLAIN, ONE_LAUNCH), 2.3),
+    Target("CPU, 128 tensors of 16x64: sample + step / fused AdamW", f"{_CPU} 'step' and workload == '128-tiny'", 0.7),
+    Target("CPU, 450 tensors of 16x64: sample + step / fused AdamW", f"{_CPU} 'step' and workload == '450-tiny'", 0.7),
+    Target("CPU: bytes of state per float32 element", f"{_CPU} '{steps.STATE}'", 16, "p50"),
+    Target("CPU: growth of the resident set in a step, MiB", f"{_CPU} '{steps.GROWTH}'", 1, "mebibytes"),
+    Target("CPU: time of one tensor against that of a tenth of it", f"{_CPU} 'step'", 11, "over_a_tenth"),
+    Target(f"{_WIDE}, sample + step", f"{_GPU} 'kernel' and elements >= 39_000_000", 0.88, "copy_share", at_least=True),
+    Target(f"{_WIDE}, one launch", f"{_ONE} and elements >= 39_000_000", 0.88, "copy_share", at_least=True),
+    Target("GPU, LoRA: wall time sample + step / fused AdamW", f"{_GPU} 'step' and {_ADAPTERS}", 1.2),
+    Target("GPU, 128 tensors: wall time sample + step / fused AdamW", f"{_GPU} 'step' and tensors == 128", 1),
+    Target("GPU, Llama-2-7B r=8: wall time ivon-opt / sample + step", f"{_GPU} {_LLAMA}", 20, "ivon_opt", True),
+    Target(f"{_FAST}: kernel time", _HUGE, 1.15),
+    Target(f"{_FAST}: its bytes at the copy's speed", _HUGE, 1.15, "over_adamw_bytes"),
+    Target(f"{_LORA}: IVON / fused AdamW", _TRAINING, 1.01),
+    Target(f"{_LORA}: peak bytes over AdamW's per LoRA element", _TRAINING, 16, "extra_peak"),
+    *(
+        _host(what, contender, count, most, state, quantity)
+        for contender, what in ((host.PATH, "addresses + arguments + launch"), (host.WHOLE, "train() + step()"))
+        for count, most in ((128, 30), (450, 100))
+        for quantity, state in ((host.SAME, "same"), (host.FRESH, "fresh"))
+    ),
+)
 
 
-def cpu_targets(record: Record) -> list[Target]:
-    """The cpu backend, in float32."""
-    ours, one_pass = our_name("cpu", PLAIN), our_name("cpu", ONE_LAUNCH)
+def figures(record: Record) -> pd.DataFrame:
+    """What was measured, of several backends the fastest, with `kind`, `mode` and `place`, and the figures of targets.
 
-    def ratio(workload: str, name: str, to: str | None = None) -> Cases:
-        own = record.find(workload, "float32", name, STEP)
-        other = None if to is None else record.find(workload, "float32", to, STEP)
-        if own is None or own.ratio is None or (to is not None and (other is None or not other.ratio)):
-            return []
-        return [(f"{workload}, float32", own.ratio / (other.ratio or 1.0 if other is not None else 1.0))]
-
-    def value(quantity: str, unit: float = 1.0) -> Cases:
-        return [
-            (m.workload, m.p50 / unit)
-            for m in record.measurements
-            if (m.contender, m.quantity) == (ours, quantity) and m.p50 is not None
-        ]
-
-    llama = "llama-2-7b-r8-qv"
-    return [
-        target("CPU, Llama-2-7B r=8: ivon-opt / sample + step", 10.0, ratio(llama, IVON_OPT, ours), at_least=True),
-        target("CPU, Llama-2-7B r=8: sample + step / fused AdamW", 3.0, ratio(llama, ours)),
-        target("CPU, Llama-2-7B r=8: one pass / fused AdamW", 2.3, ratio(llama, one_pass)),
-        *(
-            target(f"CPU, {count} tensors of 16x64: sample + step / fused AdamW", 0.7, ratio(f"{count}-tiny", ours))
-            for count in (128, 450)
-        ),
-        target("CPU: bytes of state per float32 element", 16.0, value(memory.STATE)),
-        target("CPU: growth of the resident set in a step, MiB", 1.0, value(memory.GROWTH, _MEGABYTE)),
-        target("CPU: time of one tensor against that of a tenth of it", 11.0, _scaling(record, ours)),
-    ]
-
-
-def _scaling(record: Record, name: str) -> Cases:
-    """Time of a flat tensor over that of one with a tenth of its elements (large enough to be in memory both)."""
-    times = {
-        info["elements"]: m.p50
-        for workload, info in record.workloads.items()
-        if info["tensors"] == 1 and (m := record.find(workload, "float32", name, STEP)) and m.p50
-    }
-    return [
-        (short(elements), time / times[elements // 10])
-        for elements, time in times.items()
-        if elements // 10 in times and elements // 10 >= SCALING
-    ]
-
-
-# ---- the GPU ---------------------------------------------------------------------------------------------------------
-
-
-def gpu_targets(record: Record) -> list[Target]:
-    """The GPU backends' own time."""
-    pairs = [(workload, dtype) for workload, dtype in record.pairs() if workload in record.workloads]
-
-    def collect(
-        wanted: Callable[[dict[str, Any], str], bool],
-        mode: str,
-        quantity: str,
-        value: Callable[[Measurement], float | None],
-        best: Callable[..., Any] = min,
-    ) -> list[tuple[str, float]]:
-        found = []
-        for workload, dtype in pairs:
-            if wanted(record.workloads[workload], dtype):
-                rows = {name: record.find(workload, dtype, our_name(name, mode), quantity) for name in _GPU}
-                cases = [
-                    (f"{workload}, {dtype}, {name}", figure)
-                    for name, row in rows.items()
-                    if row is not None and (figure := value(row)) is not None
-                ]
-                found += [best(cases, key=lambda case: case[1])] if cases else []
-        return found
-
-    def over_ivon_opt(row: Measurement) -> float | None:
-        peer = record.find(row.workload, row.dtype, IVON_OPT, STEP)
-        return None if peer is None or peer.p50 is None or row.p50 is None else peer.p50 / row.p50
-
-    def over_adamw_bytes(row: Measurement) -> float | None:
-        """Our time over the time in which the copy moves fused AdamW's bytes."""
-        moved = traffic.bytes_per_element(("adamw",), DTYPES[row.dtype])
-        if row.gbps is None or row.bytes_per_element is None or not row.copy_share:
-            return None
-        return row.bytes_per_element / moved / row.copy_share
-
-    def large(info: dict[str, Any], _: str) -> bool:
-        return bool(info["elements"] >= LARGE)
-
-    def huge(info: dict[str, Any], dtype: str) -> bool:
-        return bool(info["elements"] >= FLAT) and info["tensors"] == 1 and dtype == "float32"
-
-    def lora(info: dict[str, Any], _: str) -> bool:
-        return "Llama-2-7B" in info["title"]
-
-    def many(info: dict[str, Any], _: str) -> bool:
-        return bool(info["tensors"] == 128)
-
-    def smallest(info: dict[str, Any], _: str) -> bool:
-        return lora(info, _) and many(info, _)
-
-    def share(row: Measurement) -> float | None:
-        return row.copy_share
-
-    def ratio(row: Measurement) -> float | None:
-        return row.ratio
-
-    shares = [
-        target(
-            f"GPU, 40M and above: bandwidth / copy, {what}",
-            0.88,
-            collect(large, mode, KERNEL, share, max),
-            at_least=True,
-        )
-        for what, mode in (("sample + step", PLAIN), ("one launch", ONE_LAUNCH))
-    ]
-    one = "GPU, one launch / fused AdamW, float32, 100M and 1B"
-    opt = "GPU, Llama-2-7B r=8: wall time ivon-opt / sample + step"
-    return [
-        *shares,
-        target("GPU, LoRA: wall time sample + step / fused AdamW", 1.2, collect(lora, PLAIN, STEP, ratio)),
-        target("GPU, 128 tensors: wall time sample + step / fused AdamW", 1.0, collect(many, PLAIN, STEP, ratio)),
-        target(opt, 20.0, collect(smallest, PLAIN, STEP, over_ivon_opt, max), at_least=True),
-        target(f"{one}: kernel time", 1.15, collect(huge, ONE_LAUNCH, KERNEL, ratio)),
-        target(f"{one}: its bytes at the copy's speed", 1.15, collect(huge, ONE_LAUNCH, KERNEL, over_adamw_bytes)),
-    ]
-
-
-def model_targets(record: Record) -> list[Target]:
-    """The targets of the whole training step, in the default mode, with the faster backend."""
-    rows = [m for m in record.measurements if m.quantity == MODEL_QUANTITY and m.error is None]
-    base = next((m for m in rows if m.contender == BASELINE), None)
-    ours = [m for m in rows if m.ours and m.contender.endswith(PLAIN) and m.ratio is not None]
-    fastest = min(ours, key=lambda m: m.ratio or 0.0, default=None)
-    time: Cases = [(fastest.contender, fastest.ratio)] if fastest is not None and fastest.ratio is not None else []
-    extra: Cases = []
-    if fastest is not None and base is not None and fastest.peak_bytes_per_element and base.peak_bytes_per_element:
-        extra = [(fastest.contender, fastest.peak_bytes_per_element - base.peak_bytes_per_element)]
-    return [
-        target("GPU, 7B LoRA training step: IVON / fused AdamW", 1.01, time),
-        target("GPU, 7B LoRA training step: peak bytes over AdamW's per LoRA element", 16.0, extra),
-    ]
-
-
-# ---- the host --------------------------------------------------------------------------------------------------------
-
-
-def host_targets(record: Record) -> list[Target]:
-    """The host's share: of the native path alone, and of train() and step() as a whole."""
-    found = []
-    for contender, what in _HOST:
-        for count, bound in _HOST_US.items():
-            for quantity, state in ((host.SAME, "same"), (host.FRESH, "fresh")):
-                row = record.find(f"{count}-tiny", "float32", contender, quantity)
-                cases = [(row.workload, row.p50)] if row is not None and row.p50 is not None else []
-                found.append(target(f"host, {count} tensors: us of {what}, {state} gradients", bound, cases))
-    return found
-
-
-def dispatch_table(record: Record) -> list[dict[str, Any]]:
-    """Which of our backends was the faster one, by wall time: what `backend=None` should take.
-
-    Returns:
-        One row per workload, dtype and mode that several backends were measured on: `backend`, the fastest; `margin`,
-        the slowest's time over its.
+    - `ivon_opt`: ivon-opt's time over the row's, both as multiples of the baseline of the same round
+    - `over_a_tenth`: time of one tensor over that of one with a tenth of its elements, where that is not in the caches
+    - `over_adamw_bytes`: time over that in which the copy moves fused AdamW's bytes
+    - `extra_peak`: peak memory per element over the baseline's
     """
-    table = []
-    for workload, dtype in record.pairs():
-        for mode in (PLAIN, ONE_LAUNCH):
-            rows = {name: record.find(workload, dtype, our_name(name, mode), STEP) for name in ("cpu", *_GPU)}
-            wall = {name: row.p50 for name, row in rows.items() if row is not None and row.p50 is not None}
-            if len(wall) > 1:
-                fastest = min(wall, key=wall.__getitem__)
-                margin = max(wall.values()) / wall[fastest]
-                row = {"workload": workload, "dtype": dtype, "mode": mode, "backend": fastest, "margin": margin}
-                table.append(row)
-    return table
+    rows = record.measured()
+    rows["kind"] = record.device.get("kind")
+    named = rows.contender.str.extract(r"^ivon_kernels (?P<backend>\w+), (?P<mode>.*)$")
+    rows["backend"], rows["mode"] = named.backend, named["mode"].fillna(rows.contender)
+    case = ["workload", "dtype", "quantity"]
+    rows = rows.sort_values("p50", kind="stable").drop_duplicates([*case, "mode"])
+
+    def beside(contender: str, column: str) -> pd.Series:
+        """A contender's figure in each row's case."""
+        other = rows[rows.contender == contender].set_index(case)[column]
+        return rows[case].join(other.rename("other"), on=case).other
+
+    rows["ivon_opt"] = beside(IVON_OPT, "ratio") / rows.ratio
+    rows["extra_peak"] = rows.peak_bytes_per_element - beside(BASELINE, "peak_bytes_per_element")
+    adamw = rows.dtype.map({name: traffic.bytes_per_element(("adamw",), dtype) for name, dtype in DTYPES.items()})
+    rows["over_adamw_bytes"] = rows.bytes_per_element / adamw / rows.copy_share
+    rows["mebibytes"] = rows.p50 / 2**20
+    sizes = ["dtype", "quantity", "contender", "elements"]
+    flat = rows[(rows.tensors == 1) & (rows.elements >= 4_000_000)]
+    tenth = flat.assign(elements=flat.elements * 10).set_index(sizes).p50.rename("tenth")
+    rows["over_a_tenth"] = flat.p50 / flat.join(tenth, on=sizes).tenth
+    rows["place"] = [
+        ", ".join([row.workload, *[row.dtype] * (row.part == steps.PART), *[row.backend] * (row.kind == "cuda")])
+        for row in rows.assign(backend=rows.backend.fillna("")).itertuples()
+    ]
+    return rows
+
+
+def judge(target: Target, cases: Mapping[str, float]) -> dict[str, Any]:
+    """The worst of the cases against the bound, for the record; no cases: not measured.
+
+    Args:
+        target: Its `query` is not asked.
+        cases: The figure by place.
+    """
+    worst = (min if target.at_least else max)(cases, key=cases.__getitem__, default=None)
+    judged = {"name": target.name, "bound": float(target.bound), "at_least": target.at_least}
+    if worst is None:
+        return {**judged, "measured": None, "where": "", "met": False, "margin": None, "verdict": "not measured"}
+    measured = float(cases[worst])
+    margin = round((measured / target.bound - 1) * (1 if target.at_least else -1), 4)
+    verdict = f"{'met' if margin >= 0 else 'missed'} by {abs(margin):.1%}"
+    return {**judged, "measured": measured, "where": worst, "met": margin >= 0, "margin": margin, "verdict": verdict}
+
+
+def targets(record: Record) -> list[dict[str, Any]]:
+    """All of them: those of the other kind of device are not measured."""
+    rows = figures(record)
+    return [judge(t, rows.query(t.query).set_index("place")[t.figure].dropna().to_dict()) for t in TARGETS]

@@ -10,10 +10,16 @@ optimizer's tensors.
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable, Sequence
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from benchmarks.speed.contenders import ADAMW_ARGS, STEP, Contender, Parameters, Step, WrongError
+from benchmarks.speed.contender import LARGE_STEPS, STEP, Contender, Parameters, Recipe, Step, WrongError, reason
+from benchmarks.speed.lineup import ivon
+from benchmarks.speed.measure import Row
 from benchmarks.speed.workloads import Workload
 from ivon_kernels import IVON, noise
 
@@ -22,37 +28,29 @@ PREFIX = 2**20  # at most so many elements of a flat tensor, and of a peer's ten
 _STATE = ("mean", "momentum", "hess")
 
 
-def rounding(distances: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """The largest distance from AdamW's weights, and how large it may be for the same update in another order.
-
-    In each of two steps the weight (about 1) and its update (a tenth of it) are rounded; in 16 bits the moments too.
-    """
-    return float(distances.max()), 8 * torch.finfo(dtype).eps
-
-
-def similar(distances: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """The mean distance, and how large it may be: 5% of a step's update, beside rounding.
-
-    For moments of 8 bits, and for another place of epsilon: both are far off where a gradient is tiny, and only there.
-    """
-    return float(distances.mean()), 0.05 * float(ADAMW_ARGS["lr"]) + torch.finfo(dtype).eps
-
-
-def reason(error: Exception) -> str:
-    """An exception as a row of the tables shows it."""
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, WrongError) else f"{type(error).__name__}: {text}"
-
-
 class Verifier:
-    """Knows what one workload's results must be."""
+    """Knows what one workload's results must be.
 
-    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device, reference_elements: int) -> None:
-        self.workload, self.dtype, self.device = workload, dtype, device
+    Args:
+        workload: The tensors.
+        dtype: Theirs.
+        device: Theirs.
+        reference_elements: About how many the reference computes as well.
+        recipe: The optimizers' hyperparameters.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        dtype: torch.dtype,
+        device: torch.device,
+        reference_elements: int,
+        recipe: Recipe = LARGE_STEPS,
+    ) -> None:
+        self.workload, self.dtype, self.device, self.recipe = workload, dtype, device, recipe
         self._kept = _spread(workload, reference_elements)
         self._prefix = min(PREFIX, reference_elements)
-        self._expected: dict[str, list[Tensor]] = {}
-        self._adamw: list[Tensor] | None = None
+        self._expected, self._adamw = cache(self._reference), cache(self._torch_adamw)
 
     def check(self, contender: Contender) -> str | None:
         """Why a contender must not be timed, or None."""
@@ -65,25 +63,44 @@ class Verifier:
             return f"{reason(error)}; not timed" if isinstance(error, WrongError) else reason(error)
         return None
 
+    def rows(
+        self,
+        contenders: Sequence[Contender],
+        unable: Callable[[Contender], str | None],
+        clean: Callable[[], object] = gc.collect,
+    ) -> list[Row]:
+        """A row for each contender, with why it is not to be timed.
+
+        Args:
+            contenders: What is checked.
+            unable: Why one cannot or shall not run, or None.
+            clean: Gives memory back; an optimizer may refer to itself, and the next may need what it held.
+        """
+        rows = []
+        for contender in contenders:
+            rows.append(Row(contender.name, contender.ours, unable(contender), turns=contender.turns))
+            if rows[-1].error is None:
+                rows[-1].error = self.check(contender)
+                rows[-1].failed = rows[-1].error is not None
+                clean()
+        return rows
+
     # ---- ours --------------------------------------------------------------------------------------------------------
 
     def _check_bits(self, contender: Contender) -> None:
-        if contender.expected not in self._expected:
-            self._expected[contender.expected] = self._reference(contender.expected)
+        expected = self._expected(contender.expected)
         params = self.workload.parameters(self.dtype, self.device)
-        step = contender.build(params)
+        step = contender.build(params, self.recipe)
         actual = self._results(step, params)
-        expected = self._expected[contender.expected]
         if not all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)):
             raise WrongError("differs from the reference")
         if self.workload.is_flat and contender.quantity == STEP:
             self._check_tail(step.optimizer, params[0])
 
     def _reference(self, expected: str) -> list[Tensor]:
-        from benchmarks.speed.ours import REFERENCES
-
-        params = self.workload.parameters(self.dtype, self.device)
-        if self.workload.is_flat:
+        workload = self.workload
+        params = workload.parameters(self.dtype, self.device)
+        if workload.is_flat:
             (param,) = params
             assert param.grad is not None
             head = torch.nn.Parameter(param.detach()[: self._prefix].clone())
@@ -92,7 +109,7 @@ class Verifier:
         for number, param in enumerate(params):
             if number not in self._kept:  # a frozen parameter is left alone, and the others keep their numbers
                 param.requires_grad_(False)
-        return self._results(REFERENCES[expected](params), params)
+        return self._results(ivon("reference", expected)(params, self.recipe), params)
 
     def _results(self, step: Step, params: Parameters) -> list[Tensor]:
         """Sample and mean as the weights hold them, and the state, of what the reference computes."""
@@ -124,46 +141,35 @@ class Verifier:
     def _check_peer(self, contender: Contender) -> None:
         """On the workload's first tensors: a peer's code is the same for all of them."""
         params = self._some_parameters()
-        step = contender.build(params)
+        step = contender.build(params, self.recipe)
         if contender.quantity != STEP:
             step()
-            if step.check is not None:
-                step.check()
+            step.check()
             return
         read = step.tensors or (lambda: [param.detach() for param in params])
         for number in range(STEPS):
             before = [value.clone() for value in read()]
             step()
             after = read()
-            if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+            if all(map(torch.equal, before, after)):
                 raise WrongError(f"step {number + 1} changed no weight")
             if not all(bool(value.isfinite().all()) for value in after):
                 raise WrongError(f"step {number + 1} left weights that are not finite")
         if contender.like_adamw is not None:
-            distances = self._distances(read())
-            found, most = contender.like_adamw(distances, self.dtype)
-            if not found <= most:
-                raise WrongError(f"weights are {found:.2g} from those of torch's AdamW, more than {most:.2g}")
+            weights = torch.cat([value.flatten() for value in read()])
+            times = contender.like_adamw(weights, self._adamw(), self.recipe)
+            if not times <= 1:
+                raise WrongError(f"weights are {times:.2g} times as far from those of torch's AdamW as they may be")
 
-    def _distances(self, weights: list[Tensor]) -> Tensor:
-        if self._adamw is None:
-            params = self._some_parameters()
-            optimizer = torch.optim.AdamW(params, **ADAMW_ARGS, foreach=False, fused=False)
-            for _ in range(STEPS):
-                optimizer.step()
-            self._adamw = [param.detach() for param in params]
-        pairs = zip(weights, self._adamw, strict=True)
-        return torch.cat([(a.double() - b.double()).abs().flatten() for a, b in pairs])
+    def _torch_adamw(self) -> Tensor:
+        params = self._some_parameters()
+        optimizer = torch.optim.AdamW(params, **self.recipe.adamw, foreach=False, fused=False)
+        for _ in range(STEPS):
+            optimizer.step()
+        return torch.cat([param.detach().flatten() for param in params])
 
     def _some_parameters(self) -> Parameters:
-        shapes = self.workload.shapes
-        if self.workload.is_flat:
-            shapes = ((min(shapes[0][0], self._prefix),),)
-        count, elements = 0, 0
-        while count < len(shapes) and elements < self._prefix:
-            elements += torch.Size(shapes[count]).numel()
-            count += 1
-        return Workload("", "", shapes[:count]).parameters(self.dtype, self.device)
+        return self.workload.head(self._prefix).parameters(self.dtype, self.device)
 
 
 def _spread(workload: Workload, most: int) -> list[int]:

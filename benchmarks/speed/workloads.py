@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,6 +47,34 @@ class Workload:
             param.grad = grad
             params.append(param)
         return params
+
+    def head(self, most: int) -> Workload:
+        """The first of its tensors, of `most` elements and the rest of the last one; of a flat one so many elements."""
+        if self.is_flat:
+            return Workload(self.name, self.title, ((min(self.elements, most),),))
+        ends = list(itertools.accumulate(torch.Size(shape).numel() for shape in self.shapes))
+        return Workload(self.name, self.title, self.shapes[: 1 + sum(end < most for end in ends[:-1])])
+
+
+@dataclass(frozen=True)
+class Given(Workload):
+    """Tensors and gradients that are there, in place of random ones."""
+
+    tensors: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def parameters(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> list[torch.nn.Parameter]:
+        """Copies."""
+        params = []
+        for value, grad in self.tensors:
+            params.append(torch.nn.Parameter(value.clone()))
+            params[-1].grad = grad.clone()
+        return params
+
+    def head(self, most: int) -> Workload:
+        """All of them."""
+        return self
 
 
 def _fill(tensor: Tensor, values: Tensor) -> None:

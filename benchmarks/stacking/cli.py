@@ -26,14 +26,16 @@ def stacking(
     from benchmarks.stacking.run import Options, run
 
     try:
-        sizes = _sizes("1" if quick else batches)
+        given = batches.split(",")
+        if not all(size.strip().isdecimal() and int(size) for size in given):
+            raise UserError(f"--batches must be whole numbers from 1 on, like 1,2,4,8; got {batches!r}")
         if min(samples, tokens, rank, rounds, threads) < 1:
             raise UserError("--samples, --tokens, --rank, --rounds and --threads must be at least 1")
         options = Options(
             model=model,
             device=device,
             samples=samples,
-            batches=sizes,
+            batches=[1] if quick else [int(size) for size in given],
             tokens=tokens,
             rank=rank,
             rounds=3 if quick else rounds,
@@ -44,15 +46,3 @@ def stacking(
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(2) from None
-
-
-def _sizes(text: str) -> list[int]:
-    from benchmarks import UserError
-
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        raise UserError(f"--batches must be whole numbers from 1 on, like 1,2,4,8; got {text!r}")
-    return sizes

@@ -14,9 +14,9 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.compare.changes import FASTER, MORE_MEMORY, SLOWER, Comparison, compare_records
-from benchmarks.compare.records import Record
-from benchmarks.compare.statistics import Noise, Shift, run_to_run, shift, slower
+from benchmarks.speed.compare import FASTER, MORE_MEMORY, SLOWER, Comparison, compare_records
+from benchmarks.speed.record import Measurement, Record
+from benchmarks.speed.statistics import Noise, Shift, run_to_run, shift, slower
 
 BASELINE = "AdamW (fused)"
 OURS = tuple(f"ivon_kernels cpu, mode {i}" for i in range(4))
@@ -34,6 +34,7 @@ Content = dict[str, Any]
 def measurement(workload: str, contender: str, times: list[float], baseline: list[float], **fields: Any) -> Content:
     ratios = [own / base for own, base in zip(times, baseline, strict=True)]
     return {
+        "part": "steps",
         "workload": workload,
         "dtype": "float32",
         "contender": contender,
@@ -94,8 +95,8 @@ def simulated(
 
 
 def record(made: Content) -> Record:
-    keys = ("workload", "dtype", "contender", "quantity")
-    return Record(Path("speed.json"), made, {tuple(m[key] for key in keys): m for m in made["measurements"]})
+    rows = [Measurement(**{**m, "ratios": m["ratios"] or ()}) for m in made["measurements"]]
+    return Record(made["device"], measurements=rows)
 
 
 def compared(old: Content, new: Content, threshold: float = 0.05) -> Comparison:
@@ -345,7 +346,7 @@ def changed(path: tuple[str, ...], value: Any) -> Content:
         ("{", "cannot be read"),
         ("[]", "is no record of the speed suite"),
         ({"timings_ms": {}}, "is no record of the speed suite"),
-        (changed(("schema",), 2), "has schema 2, this version compares schema 1"),
+        (changed(("schema",), 2), "has schema 2, this version reads schema 1"),
         (changed(("device", "name"), "H100"), "device is 'P' in"),
         (changed(("environment", "processor"), "Q"), "processor is 'P' in"),
         (changed(("device", "threads"), 4), "threads is 2 in"),

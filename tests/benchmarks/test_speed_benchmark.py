@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +12,25 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from benchmarks import UserError
 from benchmarks.__main__ import app
-from benchmarks.speed import contenders, exercise, host, ours, peers, timing, traffic, verify, workloads
+from benchmarks.speed import contender, equations, exercise, host, lineup, peers, traffic, verify, workloads
 from benchmarks.speed.clock import CpuClock
-from benchmarks.speed.contenders import ADAMW_ARGS, Contender, Parameters, Step, WrongError
-from benchmarks.speed.measure import Budget, Comparer
-from benchmarks.speed.peers import reference
+from benchmarks.speed.contender import STEP, Build, Contender, Parameters, Recipe, Step
+from benchmarks.speed.measure import Budget, timing
 from benchmarks.speed.record import Measurement, Record, read
 from benchmarks.speed.report import write
+from benchmarks.speed.steps import Comparer
 from ivon_kernels import noise
 from tests.support import cuda_emulator
 
 CPU = torch.device("cpu")
 LAYER, FLAT = workloads.DRY_WORKLOADS
 OURS = "ivon_kernels cpu, sample + step"
-BROKEN = """
-from benchmarks.speed.contenders import Contender
 
 
-def build(params):
+def broken(params: Parameters, recipe: Recipe) -> Step:
     raise OSError("its library is broken")
-
-
-def contenders(device):
-    return [Contender("broken", build), Contender("absent", build, package="no-such-distribution")]
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -66,11 +61,10 @@ def rows(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_command_measures_checks_and_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run of everything; a peer that is one new file; and what ran before is kept."""
-    folder = tmp_path / "peers"
-    folder.mkdir()
-    (folder / "broken.py").write_text(BROKEN)
-    monkeypatch.setattr(peers, "__path__", [*peers.__path__, str(folder)])
+    """One run of everything; peers that are new rows of the table; and what ran before is kept."""
+    known = lineup.peers
+    more = [Contender("broken", broken), Contender("absent", broken, package="no-such-distribution")]
+    monkeypatch.setattr(lineup, "peers", lambda device: [*known(device), *more])
     monkeypatch.setattr(workloads, "DRY_WORKLOADS", (LAYER,))
     code, output = call(tmp_path, "--parts=steps,model", "--rounds=2")
     assert code == 0, output
@@ -84,28 +78,28 @@ def test_command_measures_checks_and_records(tmp_path: Path, monkeypatch: pytest
     assert found["absent", "step"]["error"] == "no-such-distribution is not installed"
     for quantity in ("step", "kernel", "host", *ours_parts()):
         row = found[OURS, quantity]
-        assert row["error"] is None and 0 < row["p20"] <= row["p50"] <= row["p80"], row
+        assert "error" not in row and 0 < row["p20"] <= row["p50"] <= row["p80"], row
         assert row["ours"] and len(row["rounds"]) == len(row["ratios"]) == 2
         assert row["baseline"] == (
             "AdamW (fused)" if quantity in ("step", "kernel", "host", "save", "load") else "AdamW (fused), step"
         )
-    assert found[OURS, "kernel"]["bytes_per_element"] == 50 and found[OURS, "step"]["bytes_per_element"] is None
+    assert found[OURS, "kernel"]["bytes_per_element"] == 50 and "bytes_per_element" not in found[OURS, "step"]
     assert found["AdamW (fused)", "step"]["ratio"] == 1
     assert found["ivon-opt 0.1.3", "step"]["p50"] > 0 and found["optimi AdamW", "step"]["p50"] > 0
     assert found["ivon_kernels reference, eager", "step"]["rounds"][1:] == []  # one turn is enough of it
-    assert found[OURS, "whole step"]["ratio"] > 0 and found["ivon-opt 0.1.3", "whole step"]["error"] is None
+    assert found[OURS, "whole step"]["ratio"] > 0 and "error" not in found["ivon-opt 0.1.3", "whole step"]
     text = (tmp_path / "report.md").read_text()
-    for shown in ("![time of one", "its library is broken", "| AdamW (fused) |", "## Targets", "figures mean nothing"):
+    for shown in ("![time of one", "its library is broken", "| AdamW (fused) ", "## Targets", "figures mean nothing"):
         assert shown in text
     assert (tmp_path / "speed.png").stat().st_size > 10_000 and (tmp_path / "roofline.png").stat().st_size > 10_000
-    before = read(tmp_path)
+    before = read(tmp_path / "speed.json")
     code, output = call(tmp_path, "--parts=")
-    after = read(tmp_path)
-    assert before and after and after.measurements == before.measurements and "Targets" in output
+    after = read(tmp_path / "speed.json")
+    assert after.measurements == before.measurements and "Targets" in output
 
 
 def ours_parts() -> tuple[str, ...]:
-    return (ours.SAMPLE, ours.UPDATE, ours.RESTORE, ours.EVALUATION, contenders.SAVE, contenders.LOAD)
+    return (lineup.SAMPLE, lineup.UPDATE, lineup.RESTORE, lineup.EVALUATION, contender.SAVE, contender.LOAD)
 
 
 @pytest.mark.usefixtures("few_and_quick")
@@ -114,7 +108,7 @@ def test_wrong_results_are_not_timed_and_fail_the_command(tmp_path: Path, monkey
     code, output = call(tmp_path, "--parts=steps")
     assert code == 1 and "WRONG: dry-lora, bfloat16, ivon_kernels cpu, sample + step" in output
     found = rows(tmp_path)
-    assert found[OURS, "step"]["p50"] is None and "differs from the reference" in found[OURS, "step"]["error"]
+    assert "p50" not in found[OURS, "step"] and "differs from the reference" in found[OURS, "step"]["error"]
     assert "not the optimizer's state" in found[OURS, "save"]["error"]
     assert found["AdamW (fused)", "step"]["p50"] > 0
 
@@ -138,9 +132,11 @@ def test_a_part_replaces_what_it_had_measured(tmp_path: Path) -> None:
     record.replace_part("steps", [one("steps", "c")])
     assert [m.contender for m in record.measurements] == ["h", "c"] and record.left_out == []
     record.write(tmp_path)
-    assert read(tmp_path) == record
-    (tmp_path / "speed.json").write_text('{"schema": 0}')
-    assert read(tmp_path) is None
+    path = tmp_path / "speed.json"
+    assert read(path) == replace(record, path=path)
+    path.write_text('{"schema": 0}')
+    with pytest.raises(UserError, match="has schema 0"):
+        read(path)
 
 
 def test_a_report_of_little(tmp_path: Path) -> None:
@@ -153,8 +149,12 @@ def test_a_report_of_little(tmp_path: Path) -> None:
 # ---- right or not ----------------------------------------------------------------------------------------------------
 
 
-def moves(amounts: list[float]) -> Callable[[Parameters], Step]:
-    def build(params: Parameters) -> Step:
+def ours() -> list[Contender]:
+    return [c for c in lineup.lineup(CPU) if c.ours]
+
+
+def moves(amounts: list[float]) -> Build:
+    def build(params: Parameters, recipe: Recipe) -> Step:
         left = iter(amounts)
 
         def step() -> None:
@@ -167,8 +167,8 @@ def moves(amounts: list[float]) -> Callable[[Parameters], Step]:
     return build
 
 
-def adamw(**options: Any) -> Callable[[Parameters], Step]:
-    return lambda params: Step(torch.optim.AdamW(params, **{**ADAMW_ARGS, **options}).step)
+def adamw(**options: Any) -> Build:
+    return lambda params, recipe: Step(torch.optim.AdamW(params, **{**recipe.adamw, **options}).step)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,9 @@ def adamw(**options: Any) -> Callable[[Parameters], Step]:
         (adamw(), None),
     ],
 )
-def test_peers_that_do_not_train_are_not_timed(build: Callable[[Parameters], Step], why: str | None) -> None:
-    contender = Contender("peer", build, like_adamw=verify.rounding)
-    found = verify.Verifier(LAYER, torch.float32, CPU, 100).check(contender)
+def test_peers_that_do_not_train_are_not_timed(build: Build, why: str | None) -> None:
+    peer = Contender("peer", build, like_adamw=peers.rounding)
+    found = verify.Verifier(LAYER, torch.float32, CPU, 100).check(peer)
     assert found is None if why is None else why in str(found)
 
 
@@ -193,11 +193,11 @@ def test_a_checkpoint_that_loses_state_is_not_timed() -> None:
             super().load_state_dict(state_dict)
             next(iter(self.state.values()))["exp_avg"].zero_()
 
-    def make(params: Parameters) -> tuple[Any, Step]:
-        optimizer = Forgetful(params, **ADAMW_ARGS)
-        return optimizer, Step(optimizer.step)
+    def build(params: Parameters, recipe: Recipe) -> Step:
+        optimizer = Forgetful(params, **recipe.adamw)
+        return Step(optimizer.step, optimizer=optimizer)
 
-    save, load = contenders.checkpoints("forgetful", make)
+    save, load = contender.checkpoints("forgetful", build)
     verifier = verify.Verifier(LAYER, torch.float32, CPU, 100)
     assert verifier.check(save) is None
     assert "what was loaded is not the optimizer's state" in str(verifier.check(load))
@@ -208,7 +208,7 @@ def test_some_of_many_tensors_are_compared() -> None:
     many = workloads.Workload("many", "", ((3, 5),) * 10)
     verifier = verify.Verifier(many, torch.float32, CPU, 45)
     assert verifier._kept == [0, 4, 9]
-    found = {c.name + c.quantity: verifier.check(c) for c in ours.contenders(CPU)}
+    found = {c.name + c.quantity: verifier.check(c) for c in ours()}
     assert set(found.values()) == {None} and len(found) == 10
 
 
@@ -216,7 +216,7 @@ def test_refusals_of_the_flat_tail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A flat tensor's last elements are checked against the public noise."""
     monkeypatch.setattr(verify, "PREFIX", 100)
     verifier = verify.Verifier(FLAT, torch.float32, CPU, 100)
-    plain = ours.contenders(CPU)[0]
+    plain = ours()[0]
     assert verifier.check(plain) is None
     other = noise.normals
 
@@ -229,7 +229,7 @@ def test_refusals_of_the_flat_tail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_interpreted_triton_backend_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    triton = next(c for c in ours.contenders(CPU) if c.backend == "triton")
+    triton = next(c for c in ours() if c.backend == "triton")
     if reason := triton.missing():
         pytest.skip(reason)
     assert verify.Verifier(FLAT, torch.float32, CPU, 100).check(triton) is None
@@ -264,7 +264,7 @@ def test_parameters_repeat_a_pattern_and_are_the_same_every_time(monkeypatch: py
 
 def test_bytes_per_element() -> None:
     def counts(device: str) -> dict[str, tuple[int | None, int | None]]:
-        steps = contenders.contenders(torch.device(device))
+        steps = [c for c in lineup.lineup(torch.device(device)) if c.quantity == STEP]
         return {c.name: (c.bytes_per_element(torch.float32), c.bytes_per_element(torch.bfloat16)) for c in steps}
 
     gpu, cpu = counts("cuda"), counts("cpu")
@@ -284,7 +284,7 @@ def test_bytes_per_element() -> None:
 
 def test_compiled_reference_draws_the_specified_noise() -> None:
     mean = torch.zeros(4099)
-    assert torch.equal(reference.normals(mean, torch.tensor(7)), noise.normals(4099, seed=0, step=7))
+    assert torch.equal(equations.normals(mean, torch.tensor(7)), noise.normals(4099, seed=0, step=7))
 
 
 def test_exercise_equals_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
@@ -296,7 +296,9 @@ def test_exercise_equals_the_reference(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.skipif(cuda_emulator.COMPILER is None, reason="needs a C++ compiler")
 def test_host_rows_have_quantiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "TINY", host.TINY[:1])
-    monkeypatch.setattr(host, "_emulator", lambda: (None, cuda_emulator.emulator()))  # compiled for other tests too
+    monkeypatch.setattr(
+        host, "_emulator", lambda optimization: (None, cuda_emulator.emulator())
+    )  # compiled for other tests too
     found = host.measure(rounds=2, repeats=2)
     assert {m.workload for m in found} == {"128-tiny"}
     for m in found:
@@ -312,9 +314,8 @@ def test_host_rows_without_a_compiler_say_so(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_ratio_is_taken_round_by_round() -> None:
-    drift = timing.timing("x", [[2.0] * 3, [20.0] * 3], [[1.0] * 3, [10.0] * 3])
-    assert drift.ratio == 2.0
-    assert timing.timing("x", [[2.0]], None).ratio is None
+    assert timing([[2.0] * 3, [20.0] * 3], [[1.0] * 3, [10.0] * 3]).ratio == 2.0
+    assert timing([[2.0]], None).ratio is None
 
 
 # ---- turns -----------------------------------------------------------------------------------------------------------
@@ -339,8 +340,7 @@ def test_a_contender_that_does_not_fit_or_takes_too_long_is_a_row(monkeypatch: p
 
 def test_a_step_is_prepared_before_it_is_timed() -> None:
     calls: list[str] = []
-    step = Step(lambda: calls.append("run"), before=lambda: calls.append("before"))
+    step = Step(*(functools.partial(calls.append, name) for name in ("finish", "begin", "before")))
     CpuClock().wall_ms(step, 2)
     step()
-    assert calls == ["before", "run"] * 3
-    assert issubclass(WrongError, Exception)
+    assert calls == ["before", "begin", "finish"] * 3

@@ -8,15 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.speed import model, model_optimizers, model_report
+from benchmarks.speed import lineup, model
 from benchmarks.speed.clock import DryClock
-from benchmarks.speed.contenders import BASELINE, IVON_OPT
-from benchmarks.speed.model_optimizers import FOREACH, Loop, Optimizer, Params, wrong
-from benchmarks.speed.ours import ONE_LAUNCH, PLAIN, our_name
+from benchmarks.speed.contender import BASELINE, FOREACH, IVON_OPT, LORA, Build, Contender, Parameters, Recipe, Step
+from benchmarks.speed.lineup import ONE_LAUNCH, PLAIN, our_name
+from benchmarks.speed.peers import adamw, rounding
+from benchmarks.speed.record import Record
+from benchmarks.speed.report import model_table
+from benchmarks.speed.verify import Verifier
 from ivon_kernels import IVON
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +46,7 @@ def problem() -> model.Problem:
     return model.Problem(model.TOY, CPU)
 
 
-def test_every_optimizer_is_timed_whole_and_in_parts(tmp_path: Path) -> None:
+def test_every_optimizer_is_timed_whole_and_in_parts() -> None:
     ticks: list[None] = []
     found = measured(tick=lambda: ticks.append(None))
     names = [BASELINE, our_name("cpu", PLAIN), our_name("cpu", ONE_LAUNCH), FOREACH, IVON_OPT]
@@ -62,13 +66,10 @@ def test_every_optimizer_is_timed_whole_and_in_parts(tmp_path: Path) -> None:
     for name in names:
         whole, passes, part = (of[name, quantity].p20 or 0.0 for quantity in model.QUANTITIES)
         assert whole >= max(passes, part)
-    share = model.shares(found.measurements)
-    assert set(share) == set(names)
-    assert all(0 < value < 1 for value in share.values())
-    assert [row[0] for row in model_report.grid(found.measurements).rows] == names
-    model_report.plot(tmp_path / "step.png", found.measurements)
-    assert (tmp_path / "step.png").stat().st_size > 10_000
-    assert model_report.grid([]).rows == []
+    table = model_table(Record(device={}, measurements=found.measurements))
+    assert list(table.optimizer.unique()) == names
+    shares = table[table.quantity == model.OPTIMIZER].share
+    assert len(shares) == len(names) and all(0 < float(share.rstrip("%")) < 100 for share in shares)
 
 
 def test_the_time_ends_the_rounds_after_the_first() -> None:
@@ -93,63 +94,71 @@ def test_the_given_gradients_are_of_all_adapters(problem: model.Problem) -> None
     assert all(bool(gradient.any()) for gradient in problem.gradients)
 
 
-def check(problem: model.Problem, optimizer: Optimizer) -> str | None:
-    return wrong(optimizer, problem.params, problem.reset, problem.give_gradients)
+def check(problem: model.Problem, build: Build, **fields: Any) -> str | None:
+    verifier = Verifier(problem.tensors(), torch.float32, CPU, problem.elements, LORA)
+    return verifier.check(Contender("it", build, **fields))
 
 
-def plain(make: Callable[[Params], torch.optim.Optimizer]) -> Callable[[Params], Loop]:
-    def build(params: Params) -> Loop:
-        optimizer = make(params)
-        return Loop(lambda: None, lambda: optimizer.step() and None)
-
-    return build
+def of(make: Callable[[Parameters], torch.optim.Optimizer]) -> Build:
+    return lambda params, recipe: Step(make(params).step)
 
 
 @pytest.mark.parametrize("mode", [PLAIN, ONE_LAUNCH])
 def test_ours_must_equal_the_reference(problem: model.Problem, mode: str) -> None:
-    def other_recipe(params: Params) -> Loop:
+    def other_recipe(params: Parameters, recipe: Recipe) -> Step:
         optimizer = IVON.for_lora(params, num_data=20_000_000, seed=0, backend="cpu")
-        return Loop(optimizer.train, lambda: optimizer.step() and None, optimizer.eval)
+        return Step(optimizer.step, begin=optimizer.train, optimizer=optimizer)
 
-    assert check(problem, Optimizer("right", model_optimizers._ours("cpu", mode == ONE_LAUNCH), "cpu", mode)) is None
-    assert check(problem, Optimizer("x", other_recipe, "cpu", mode)) == "differs from the reference; not timed"
+    right = lineup.ivon("cpu", mode)
+    assert check(problem, right, backend="cpu", expected=PLAIN) is None
+    wrong = check(problem, other_recipe, backend="cpu", expected=PLAIN)
+    assert wrong == "differs from the reference; not timed"
+
+
+def test_the_recipe_is_that_of_for_lora(problem: model.Problem) -> None:
+    plain, published = (
+        IVON(problem.params, **LORA.ivon, seed=0).defaults,
+        IVON.for_lora(problem.params, num_data=10_000, seed=0).defaults,
+    )
+    assert plain == published
 
 
 def test_foreach_must_equal_fused_but_for_rounding(problem: model.Problem) -> None:
-    def adamw(lr: float) -> Optimizer:
-        return Optimizer(FOREACH, plain(lambda params: torch.optim.AdamW(params, lr=lr, foreach=True)))
+    def foreach(lr: float) -> Build:
+        return of(lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=0.01, foreach=True))
 
-    assert check(problem, adamw(1e-4)) is None
-    assert check(problem, adamw(1.001e-4)) == "differs from fused AdamW; not timed"
+    assert check(problem, foreach(1e-4), like_adamw=rounding) is None
+    assert "as far from those of torch's AdamW" in str(check(problem, foreach(1.001e-4), like_adamw=rounding))
+    assert check(problem, adamw("torch.optim:AdamW", fused=True), like_adamw=rounding) is None
 
 
 def test_peers_must_move_the_weights_to_finite_values(problem: model.Problem) -> None:
-    def sgd(lr: float) -> Optimizer:
-        return Optimizer("peer", plain(lambda params: torch.optim.SGD(params, lr=lr)))
+    def sgd(lr: float) -> Build:
+        return of(lambda params: torch.optim.SGD(params, lr=lr))
 
     assert check(problem, sgd(0.1)) is None
-    assert check(problem, sgd(0.0)) == "two steps changed nothing; not timed"
-    assert check(problem, sgd(math.inf)) == "the weights are not finite after two steps; not timed"
+    assert check(problem, sgd(0.0)) == "step 1 changed no weight; not timed"
+    assert check(problem, sgd(math.inf)) == "step 1 left weights that are not finite; not timed"
 
 
 def test_one_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(params: Params) -> Loop:
+    def broken(params: Parameters, recipe: Recipe) -> Step:
         raise RuntimeError("no\nsuch thing")
 
     every = (
-        Optimizer(BASELINE, broken),
-        Optimizer("ours", broken, "cpu", PLAIN),
-        Optimizer("absent", broken, package="no-such-package"),
-        Optimizer("sound", model_optimizers._adamw(foreach=True)),
+        Contender(BASELINE, broken),
+        Contender("ours", broken, backend="cpu", expected=PLAIN),
+        Contender("absent", broken, package="no-such-package"),
+        Contender("sound", adamw("torch.optim:AdamW", foreach=True)),
     )
-    monkeypatch.setattr(model, "optimizers", lambda device: every)
+    monkeypatch.setattr(model, "contenders", lambda device: every)
     found = measured(rounds=1)
     errors = {m.contender: m.error for m in found.measurements}
     reason = "RuntimeError: no such thing"
     assert errors == {BASELINE: reason, "ours": reason, "absent": "no-such-package is not installed", "sound": None}
     assert found.wrong == {"ours": reason}
     assert [m.ratio for m in found.measurements] == [None] * 12
-    assert [row[0] for row in model_report.grid(found.measurements).rows] == ["sound"]
+    assert set(model_table(Record(device={}, measurements=found.measurements)).optimizer) == {"sound"}
 
 
 def test_a_missing_model_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks.speed import host
 from benchmarks.speed.clock import KERNEL
-from benchmarks.speed.contenders import BASELINE, IVON_OPT, STEP
-from benchmarks.speed.memory import GROWTH, STATE
-from benchmarks.speed.ours import ONE_LAUNCH, PLAIN, our_name
+from benchmarks.speed.contender import BASELINE, IVON_OPT, STEP
+from benchmarks.speed.lineup import ONE_LAUNCH, PLAIN, our_name
+from benchmarks.speed.model import WHOLE
 from benchmarks.speed.record import Measurement, Record
-from benchmarks.speed.targets import MODEL_QUANTITY, Target, dispatch_table, target, targets
+from benchmarks.speed.report import dispatch_table
+from benchmarks.speed.steps import GROWTH, STATE
+from benchmarks.speed.targets import Target, judge, targets
 
 LORA = {"title": "Llama-2-7B, LoRA r=8 on q, v", "tensors": 128, "elements": 4_194_304}
 CUDA, TRITON, CPU = (our_name(name, PLAIN) for name in ("cuda", "triton", "cpu"))
@@ -27,20 +30,20 @@ def row(workload: str, name: str, ms: float, base: float | None = None, **furthe
     )
 
 
-def found(kind: str, workloads: dict[str, Any], *rows: Measurement) -> dict[str, Target]:
+def found(kind: str, workloads: dict[str, Any], *rows: Measurement) -> dict[str, SimpleNamespace]:
     record = Record(device={"kind": kind}, workloads=workloads, measurements=list(rows))
-    return {t.name: t for t in targets(record)}
+    return {t["name"]: SimpleNamespace(**t) for t in targets(record)}
 
 
 def test_target_takes_the_worst_case_and_says_by_how_much() -> None:
-    low = target("at most", 1.2, [("a", 1.0), ("b", 1.5)])
+    low = SimpleNamespace(**judge(Target("at most", "", 1.2), {"a": 1.0, "b": 1.5}))
     assert (low.measured, low.where, low.met, low.verdict) == (1.5, "b", False, "missed by 25.0%")
     assert low.margin == pytest.approx(-0.25)
-    high = target("at least", 0.88, [("a", 0.95), ("b", 0.90)], at_least=True)
+    high = SimpleNamespace(**judge(Target("at least", "", 0.88, at_least=True), {"a": 0.95, "b": 0.90}))
     assert (high.measured, high.where, high.met, high.verdict) == (0.90, "b", True, "met by 2.3%")
-    nothing = target("not measured", 1.0, [])
+    nothing = SimpleNamespace(**judge(Target("not measured", "", 1.0), {}))
     assert nothing.measured is None and not nothing.met and nothing.verdict == "not measured"
-    assert nothing.record()["margin"] is None
+    assert nothing.margin is None
 
 
 def test_targets_of_the_cpu() -> None:
@@ -58,7 +61,9 @@ def test_targets_of_the_cpu() -> None:
     assert times["CPU, Llama-2-7B r=8: sample + step / fused AdamW"].verdict == "met by 0.0%"
     assert times["CPU, 128 tensors of 16x64: sample + step / fused AdamW"].measured is None
     scaling = times["CPU: time of one tensor against that of a tenth of it"]
-    assert scaling.measured == pytest.approx(10**1.1) and scaling.where == "100M"  # 10M's tenth is in the caches
+    assert (
+        scaling.measured == pytest.approx(10**1.1) and scaling.where == "flat-100000000, float32"
+    )  # 10M's tenth is in the caches
     assert times["CPU: bytes of state per float32 element"].met
     assert times["CPU: growth of the resident set in a step, MiB"].measured == 2.0
     assert times["GPU, LoRA: wall time sample + step / fused AdamW"].measured is None
@@ -93,7 +98,7 @@ def test_rows_that_failed_do_not_count() -> None:
 
 def test_model_and_host_targets() -> None:
     def step(name: str, ms: float, peak: float) -> Measurement:
-        further = {"part": "model", "quantity": MODEL_QUANTITY, "peak_bytes_per_element": peak}
+        further = {"part": "model", "quantity": WHOLE, "peak_bytes_per_element": peak}
         return row("llama", name, ms, 100.0, **further)
 
     rows = (step(BASELINE, 100.0, 50.0), step(TRITON, 102.0, 54.0), step(CUDA, 100.5, 55.0))
@@ -112,6 +117,5 @@ def test_model_and_host_targets() -> None:
 
 def test_dispatch_names_the_faster_backend() -> None:
     rows = [row("128-tiny", TRITON, 0.09), row("128-tiny", CUDA, 0.06), row("450-tiny", CUDA, 0.2)]
-    (line,) = dispatch_table(Record(device={}, measurements=rows))
-    assert (line["workload"], line["backend"]) == ("128-tiny", "cuda")
-    assert line["margin"] == pytest.approx(1.5)
+    ((workload, _, _, backend, slower),) = dispatch_table(Record(device={}, measurements=rows)).to_numpy()
+    assert (workload, backend, slower) == ("128-tiny", "cuda", "50%")

@@ -13,10 +13,8 @@ from typer.testing import CliRunner
 from benchmarks import UserError
 from benchmarks.__main__ import app
 from benchmarks.finetune.model import add_lora
-from benchmarks.stacking import contenders
-from benchmarks.stacking.contenders import CONTENDERS, MEAN, SEPARATE, STACKED, Setup, check, prepare, token_batch
-from benchmarks.stacking.measure import peaks_of
-from benchmarks.stacking.run import Options, run
+from benchmarks.stacking.passes import MEAN, SEPARATE, STACKED, WAYS, Setup, check, prepare, token_batch
+from benchmarks.stacking.run import Options, peaks_of, run
 from tests.support.tiny_llm import llama, tokenizer
 
 # A name that PEFT 0.21 uses and transformers 5.23 deprecates.
@@ -50,15 +48,13 @@ def setup() -> Setup:
 def test_the_record(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(Options(model=str(folder), **OPTIONS), tmp_path)
     record = json.loads((tmp_path / "stacking.json").read_text())
-    for batch in ("1", "2"):
-        rows = {row["name"]: row for row in record["timings_ms"][batch]}
-        assert set(rows) == set(CONTENDERS) and rows[SEPARATE]["ratio"] == 1.0
+    for batch in (1, 2):
+        rows = {row["name"]: row for row in record["rows"] if row["batch"] == batch}
+        assert set(rows) == set(WAYS) and rows[SEPARATE]["ratio"] == 1.0
         assert all(0 < row["p20"] <= row["p50"] <= row["p80"] for row in rows.values())
-    stacked = {
-        batch: next(r["ratio"] for r in rows if r["name"] == STACKED) for batch, rows in record["timings_ms"].items()
-    }
+    stacked = {row["batch"]: row["ratio"] for row in record["rows"] if row["name"] == STACKED}
     bounds = [(target["bound"], target["measured"], target["met"]) for target in record["targets"]]
-    assert bounds[0][:2] == (0.6, stacked["1"]) and bounds[1][:2] == (1.0, max(stacked.values()))
+    assert bounds[0][:2] == (0.6, stacked[1]) and bounds[1][:2] == (1.0, max(stacked.values()))
     assert all(met == (measured <= bound) for bound, measured, met in bounds)
     weights = 4 * (16 + 16) + 4 * (16 + 8)  # q and v, rank 4
     base = llama()
@@ -71,19 +67,9 @@ def test_the_record(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "3 samples, 5 tokens a sequence" in printed and "Targets" in printed
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-def test_peak_memory(setup: Setup, contender: str) -> None:
-    peaks = peaks_of(
-        contender,
-        config=setup.config,
-        dtype=torch.float32,
-        device="cpu",
-        rank=4,
-        samples=3,
-        batches=(1, 2),
-        tokens=5,
-        threads=1,
-    )
+@pytest.mark.parametrize("way", WAYS)
+def test_peak_memory(setup: Setup, way: str) -> None:
+    peaks = peaks_of(way, setup.config, torch.float32, Options(model=None, **OPTIONS))
     assert len(peaks) == 2 and all(peak is None or peak >= 0 for peak in peaks)
 
 
@@ -102,11 +88,11 @@ def test_wrong_results_are_noticed(setup: Setup, monkeypatch: pytest.MonkeyPatch
     """Sample 3 in the place of sample 2."""
     step = Setup.step
 
-    def wrong(self: Setup, contender: str, tokens: torch.Tensor) -> Any:
+    def wrong(self: Setup, way: str, tokens: torch.Tensor) -> Any:
         other = Setup(self.model, self.posterior, (0, 1, 3))
-        return step(other if contender == SEPARATE else self, contender, tokens)
+        return step(other if way == SEPARATE else self, way, tokens)
 
-    monkeypatch.setattr(contenders.Setup, "step", wrong)
+    monkeypatch.setattr(Setup, "step", wrong)
     with pytest.raises(UserError, match=r"stacked probabilities differ .* more than rounding in torch\.float32"):
         check(setup, token_batch(setup, 1, 5))
 

@@ -1,9 +1,8 @@
-"""IVON without a kernel: our reference backend as it is, and what torch.compile makes of its equations.
+"""IVON without a kernel: what torch.compile makes of the functions of `backends/reference.py`.
 
-The compiled one is not the optimizer's `reference` backend, whose host code cannot be compiled, but its functions
-(noise, sample, update) over flat tensors of all elements together. That flatters it: one tensor instead of hundreds, no
-bookkeeping, no check for edits or for inf and nan, no bias correction. Its bits are not ours: the compiler contracts
-and approximates.
+This is not the `reference` backend, whose host code cannot be compiled, but its functions (noise, sample, update) over
+flat tensors of all elements together. That flatters it: one tensor instead of hundreds, no bookkeeping, no check for
+edits or for inf and nan, no bias correction. Its bits are not ours: the compiler contracts and approximates.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from benchmarks.speed.contenders import IVON_ARGS, Contender, Parameters, Step
-from benchmarks.speed.ours import plain
+from benchmarks.speed.contender import Parameters, Recipe, Step
 from ivon_kernels import noise
 from ivon_kernels.backends.reference import draw_weights, update
 from ivon_kernels.hyperparameters import StepScalars
@@ -61,7 +59,7 @@ def _sample(param: Tensor, mean: Tensor, hess: Tensor, count: Tensor, k: StepSca
     param.copy_(draw_weights(mean, hess, normals(mean, count), k))
 
 
-def _step(param: Tensor, grad: Tensor, state: tuple[Tensor, Tensor, Tensor], count: Tensor, k: StepScalars) -> None:
+def _update(param: Tensor, grad: Tensor, state: tuple[Tensor, Tensor, Tensor], count: Tensor, k: StepScalars) -> None:
     mean, momentum, hess = state
     g = grad.to(mean.dtype)
     new = update(g, g * normals(mean, count), mean, momentum, hess, k)
@@ -73,18 +71,19 @@ def _step(param: Tensor, grad: Tensor, state: tuple[Tensor, Tensor, Tensor], cou
 @cache
 def _compiled() -> tuple[Callable[..., None], ...]:
     compile_one = cast("Callable[..., Callable[..., None]]", torch.compile)
-    return tuple(compile_one(function, dynamic=True) for function in (_sample, _step))  # once for all sizes
+    return tuple(compile_one(function, dynamic=True) for function in (_sample, _update))  # once for all sizes
 
 
-def _equations(params: Parameters) -> Step:
+def build(params: Parameters, recipe: Recipe) -> Step:
+    """The compiled sample and update over all elements; it takes the parameters' memory."""
     sample, update_ = _compiled()
-    k = _scalars(**IVON_ARGS)
+    k = _scalars(**recipe.ivon)
     flat = torch.cat([param.detach().flatten() for param in params])
     grad = torch.cat([param.grad.flatten() for param in params if param.grad is not None])
     for param in params:  # the flat copies replace them
         param.data, param.grad = param.data.new_empty(0), None
     mean = flat.float() if flat.dtype != torch.float32 else flat.clone()
-    state = (mean, torch.zeros_like(mean), torch.full_like(mean, IVON_ARGS["hess_init"]))
+    state = (mean, torch.zeros_like(mean), torch.full_like(mean, recipe.ivon["hess_init"]))
     count = torch.zeros((), dtype=torch.int64, device=mean.device)
 
     @torch.no_grad()
@@ -94,24 +93,3 @@ def _equations(params: Parameters) -> Step:
         count.add_(1)
 
     return Step(step, tensors=lambda: [flat])
-
-
-def contenders(device: torch.device) -> list[Contender]:
-    """Eager and compiled. Eager takes seconds for a step of a few million elements on a CPU."""
-    return [
-        Contender(
-            "ivon_kernels reference, eager",
-            plain("reference"),
-            ("sample", "check", "step"),
-            turns=1,
-            most_elements=5_000_000,
-            bytes_needed=250,
-        ),
-        Contender(
-            "IVON equations, torch.compile",
-            _equations,
-            ("sample, no check for edits", "step"),
-            compiles=device.type == "cpu",
-            most_elements=5_000_000,
-        ),
-    ]

@@ -1,4 +1,4 @@
-"""What is timed: the logits of the last token from several posterior samples, and from the mean."""
+"""What is timed: three ways to the logits of the last token from several posterior samples, or from the mean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ivon_kernels import IVON, lora
 from ivon_kernels.posterior import Posterior
 
 SEPARATE, STACKED, MEAN = "separate passes", "stacked in one pass", "one pass at the mean"
-CONTENDERS = (SEPARATE, STACKED, MEAN)
+WAYS = (SEPARATE, STACKED, MEAN)
 
 # How far stacked probabilities may be from separate ones, root mean square, in units of what is estimated: the spread
 # of the samples. float32 leaves rounding orders of magnitude below it; that of 16 bits is not small beside sigma.
@@ -53,7 +53,7 @@ class Setup:
             stack.remove()
         return nbytes
 
-    def step(self, contender: str, tokens: Tensor) -> Callable[[lora.Stack | None], Tensor]:
+    def step(self, way: str, tokens: Tensor) -> Callable[[lora.Stack | None], Tensor]:
         """A function that computes logits ``[samples, batch, vocabulary]`` (of the mean: one sample).
 
         It takes the stack, for :data:`STACKED`: see :meth:`stacked`.
@@ -71,7 +71,7 @@ class Setup:
             result: Tensor = stack.split(self._logits(stack.repeat(tokens)))
             return result
 
-        return {SEPARATE: separate, STACKED: stacked, MEAN: lambda _: self._logits(tokens)[None]}[contender]
+        return {SEPARATE: separate, STACKED: stacked, MEAN: lambda _: self._logits(tokens)[None]}[way]
 
     def stacked(self) -> lora.Stack:
         """The samples stacked in the model, for the length of a block."""
