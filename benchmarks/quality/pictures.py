@@ -63,9 +63,9 @@ def pareto(summary: Summary, task: str, group: str) -> Figure:
         _stretch(ax, "x", [x for x, _ in points], _SPREAD)
         _stretch(ax, "y", [y for _, y in points])
         front: list[tuple[float, float]] = []
-        for x, y in sorted(points):
-            if not front or y < front[-1][1]:
-                front.append((x, y))
+        for point in sorted(points):
+            if not front or point[1] < front[-1][1]:
+                front.append(point)
         if front:
             ax.step(*zip(*front, strict=True), where="post", color="0.55", linewidth=1, linestyle="--", zorder=0)
         ax.grid(alpha=0.2, which="both")
@@ -160,6 +160,7 @@ def _kinds(figure: Figure, summary: Summary, groups: Sequence[str], lines: str) 
         if kind in present
     ]
     for number, group in enumerate(groups):
-        fill, line = "0.3" if group == IN else "white", lines[number : number + 1]
-        shapes.append(Line2D([], [], color="0.3", marker="o", linestyle=line, markerfacecolor=fill, label=group))
+        style: dict[str, Any] = {"linestyle": lines[number : number + 1], "label": group}
+        fill = "0.3" if group == IN else "white"
+        shapes.append(Line2D([], [], color="0.3", marker="o", markerfacecolor=fill, **style))
     figure.legend(handles=shapes, loc="outside upper center", ncols=len(shapes), frameon=False)

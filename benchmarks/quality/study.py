@@ -149,14 +149,14 @@ class Study:
         """Methods, hyperparameters and all that was judged so far: task by task, method by method, seed by seed."""
         about = ("title", "source", "base", "ablation")
         source = "search" if self.settings.search else "file"
-        cells = []
+        cells: list[Content] = []
+        empty: Content = {"hyper": {}, "dials": {}, "domains": [], "cost": None}
         for task in self.settings.tasks:
             for method in self.methods.values():
                 for seed in self.settings.seeds:
                     found = self._workshop.cells.read(*self._names(JUDGED, task, method, seed))
                     if found is not None:
                         found.pop("traceback", None)
-                        empty = {"hyper": {}, "dials": {}, "domains": [], "cost": None}
                         cells.append({"task": task, "method": method.name, "seed": seed, **empty, **found})
         return {
             "methods": {name: {key: getattr(method, key) for key in about} for name, method in self.methods.items()},
