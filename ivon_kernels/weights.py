@@ -38,6 +38,7 @@ class Selection:
         on_device: Whether the devices can decide on a step.
         on_cuda: Whether they are NVIDIA's or AMD's, whose graphs can be captured.
         sharded: Whether some of the parameters are DTensors.
+        tracked: The parameters whose writes autograd counts.
     """
 
     def __init__(self, states: list[ParamState], scalars: GroupScalars, backend: str | None) -> None:
@@ -49,8 +50,8 @@ class Selection:
         self.sharded = any(state.dtensor is not None for state in states)
         self._scalars, self._backend = scalars, backend
         self._fsdp = sharding.fsdp_modules(self.params)
-        # Tensors that were made in inference mode have no version to be seen.
-        self._tracked = [param for param in self.params if not param.is_inference()]
+        # Tensors that were made in inference mode have no version: increment_version and reading it raise.
+        self.tracked = [param for param in self.params if not param.is_inference()]
         self._parts: dict[tuple[int, ...], list[Launch]] = {}
 
     def part(self, states: list[ParamState]) -> list[Launch]:
@@ -73,7 +74,7 @@ class Selection:
 
         Autograd sees another version, autocast casts again, FSDP2 gathers again.
         """
-        increment_version(self._tracked)
+        increment_version(self.tracked)
         # autocast keeps casts of leaf weights until its outermost region ends, whatever their version.
         torch.clear_autocast_cache()
         for module in self._fsdp:
@@ -139,7 +140,7 @@ class Weights:
 
     def _hold(self, selection: Selection) -> None:
         self._selection = selection
-        self._watched = selection.params[:: len(selection.params) // _WATCHED + 1]
+        self._watched = selection.tracked[:: len(selection.tracked) // _WATCHED + 1]
         self._version = sum(map(_VERSION_OF, self._watched))
         _HOLDERS.add(self)
 

@@ -155,13 +155,19 @@ def evaluate(results: Path) -> str:
 
 def stacking(results: Path) -> str:
     """Ten samples in one pass over ten passes, by batch, and one pass at the mean."""
-    timings = _read(results / "stacking" / "stacking.json")["timings_ms"]
-    found = pd.concat({batch: pd.DataFrame(rows).set_index("name") for batch, rows in timings.items()}).unstack()
+    record = _read(results / "stacking" / "stacking.json")
+    found = pd.DataFrame(record["rows"]).pivot(index="batch", columns="name", values=["p50", "ratio"])
+    found.index = found.index.map(str)
     table = found["p50"].map("{:.0f} ms".format)
     table.insert(0, "ratio", found["ratio", "stacked in one pass"].map("{:.2f}".format))
     heads = {"separate passes": "ten passes", "stacked in one pass": "stacked", "ratio": "ratio"}
     heads |= {"one pass at the mean": "one pass at the mean"}
-    return markdown(table.loc[list(timings), list(heads)].rename(columns=heads).rename_axis("batch").reset_index())
+    return markdown(
+        table.loc[list(map(str, record["batches"])), list(heads)]
+        .rename(columns=heads)
+        .rename_axis("batch")
+        .reset_index()
+    )
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

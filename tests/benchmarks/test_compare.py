@@ -302,9 +302,7 @@ def test_command_says_what_got_slower_and_fails(tmp_path: Path) -> None:
     new["measurements"].append({**new["measurements"][1], "quantity": "load"})
     code, output = call(tmp_path, old, new)
     assert code == 1
-    rows = [
-        line for line in map(str.strip, output.splitlines()) if line.startswith("workload ") and line.endswith("slower")
-    ]
+    rows = [line for line in output.splitlines() if line.startswith("| workload ") and line.endswith("slower |")]
     changes = [float(line.partition("%")[0].rpartition("+")[2]) for line in rows]
     assert len(rows) > 12
     assert changes == sorted(changes, reverse=True)

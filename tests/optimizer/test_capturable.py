@@ -194,7 +194,7 @@ def test_a_capture_without_capturable_is_an_error(target: Target, monkeypatch: p
         bowl(params, 2).backward()
     before = flat(params)
     with monkeypatch.context() as patch:
-        patch.setattr(optimizer, "_on_cuda", True)
+        patch.setattr(optimizer._parameters.active, "on_cuda", True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(RuntimeError, match="was built with capturable=False"):
             getattr(optimizer, what)()

@@ -217,6 +217,20 @@ def test_what_was_there_comes_back_whatever_happens(trained: tuple[PeftModel, IV
         assert same(weights(model), outer)
 
 
+def test_a_model_that_was_made_in_inference_mode() -> None:
+    """Its weights have no version that could be counted."""
+    layer = nn.Linear(4, 3)
+    posterior = IVON(layer.parameters(), lr=0.1, ess=50.0, seed=1).posterior(layer)
+    with torch.inference_mode():
+        other = nn.Linear(4, 3)
+        other.load_state_dict(layer.state_dict())
+        assert all(param.is_inference() for param in other.parameters())
+        with posterior.sampled(layer, 1):
+            expected = weights(layer)
+        with _unchanged(other), posterior.sampled(other, 1):
+            assert same(weights(other), expected)
+
+
 def test_autograd_notices(trained: tuple[PeftModel, IVON, Posterior]) -> None:
     model, _, posterior = trained
     param = next(iter(posterior.parameters_of(model).values()))
