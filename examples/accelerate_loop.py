@@ -15,11 +15,11 @@ labels = (points.square().sum(1) < 1).long()  # in the unit circle
 model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2))
 optimizer = IVON(model.parameters(), lr=1.0, ess=2000, hess_init=0.1, clip_radius=1.0)
 data = DataLoader(TensorDataset(points, labels), batch_size=100, shuffle=True)
-schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=60)
+schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=200)
 
 accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=2)
 model, optimizer, data, schedule = accelerator.prepare(model, optimizer, data, schedule)
-for _ in range(6):
+for _ in range(20):
     for x, y in data:
         with accelerator.accumulate(model):
             optimizer.train()  # a sample in the weights; the same one until the step

@@ -24,7 +24,7 @@ sampler: DistributedSampler[TensorDataset] = DistributedSampler(data)
 model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 2)).to(device)
 replica = DistributedDataParallel(model)
 optimizer = IVON(replica.parameters(), lr=0.2, ess=len(data))
-for epoch in range(10):
+for epoch in range(30):
     sampler.set_epoch(epoch)
     for inputs, labels in DataLoader(data, batch_size=32, sampler=sampler):
         optimizer.train()  # the same sample on every rank

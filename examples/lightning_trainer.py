@@ -29,7 +29,7 @@ class Classifier(LightningModule):
 points = 1.2 * torch.randn(2000, 2, generator=torch.manual_seed(0))
 data = DataLoader(TensorDataset(points, (points.square().sum(1) < 1).long()), batch_size=100, shuffle=True)
 trainer = Trainer(
-    max_epochs=6,
+    max_epochs=20,
     accumulate_grad_batches=2,
     precision="bf16-mixed",
     callbacks=[IVONCallback()],

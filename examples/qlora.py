@@ -12,18 +12,18 @@ torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 with tempfile.TemporaryDirectory() as folder:  # stands for the name of a pretrained model
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2
     )
     config.initializer_range = 0.2
     LlamaForCausalLM(config).save_pretrained(folder)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map=device)
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     tokens = torch.arange(16, device=device)[None]  # text to learn by heart
-    # Frozen parameters are left alone. The published step size is for thousands of steps, this one for forty.
-    optimizer = IVON.for_lora(model.parameters(), num_data=1000, lr=1.0, clip_radius=0.1)
+    # Frozen parameters are left alone. The published step size is for thousands of steps, that of `steps` for forty.
+    optimizer = IVON.for_lora(model.parameters(), num_data=1000, steps=40, sigma=0.01)
     for _ in range(40):
         optimizer.train()
         loss = model(input_ids=tokens, labels=tokens).loss

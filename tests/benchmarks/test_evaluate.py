@@ -16,11 +16,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from benchmarks.__main__ import app
 from benchmarks.evaluate import run
 from benchmarks.finetune.tasks import TASKS
+from tests.support.commands import ended_well, invoke, refused
 from tests.support.finetune_model import save_tiny_model
 
 # PEFT asks transformers by a name that transformers is about to change.
@@ -29,15 +29,9 @@ SIZE, SAMPLES = 20, 2
 DOMAINS = ["vader_nyt", "vader_movie", "vader_amazon", "vader_tweets"]
 
 
-def invoke(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def evaluate(folder: Path, out: Path, **options: Any) -> Result:
     """With few samples and examples, unless `options` say otherwise; None leaves an option out."""
-    given = {"samples": SAMPLES, "test_size": SIZE, "device": "cpu", **options}
-    named = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
-    return invoke("evaluate", folder, f"--out={out}", *named)
+    return invoke("evaluate", folder, **{"out": out, "samples": SAMPLES, "test_size": SIZE, "device": "cpu", **options})
 
 
 def record(out: Path) -> Any:
@@ -49,18 +43,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The main job's folder, after training IVON on rated sentences."""
     model = save_tiny_model(tmp_path_factory.mktemp("model"))
     out = tmp_path_factory.mktemp("trained")
-    sizes = ("--steps=20", "--train-size=40", f"--test-size={SIZE}", f"--samples={SAMPLES}")
-    result = invoke("finetune", f"--model={model}", f"--out={out}", "--optimizer=ivon", "--device=cpu", *sizes)
-    assert result.exit_code == 0, result.output
+    sizes = {"steps": 20, "train_size": 40, "test_size": SIZE, "samples": SAMPLES}
+    ended_well(invoke("finetune", model=model, out=out, optimizer="ivon", device="cpu", **sizes))
     return out
 
 
 @pytest.fixture(scope="module")
 def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("evaluated") / "new"
-    result = evaluate(trained / "ivon", out)
-    assert result.exit_code == 0, result.output
-    return out, result.output
+    return out, ended_well(evaluate(trained / "ivon", out))
 
 
 @pytest.fixture
@@ -140,12 +131,12 @@ def test_a_choice_task_has_no_votes_and_no_shift(
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     (adapter / "run.json").unlink()
     result = evaluate(adapter, tmp_path / "out", task="bigbench_strategyqa", model=model, split="validation")
-    assert result.exit_code == 0, result.output
+    output = ended_well(result)
     found = record(tmp_path / "out")
     (domain,) = found["domains"]
     assert (domain["task"], domain["shift"], domain["vote_entropy"]) == ("bigbench_strategyqa", False, None)
     assert {row["scores"]["vote_kl"] for row in domain["rows"]} == {None}
-    assert "votes" not in result.output
+    assert "votes" not in output
     # Where the dials are chosen, the rows repeat what they were chosen by.
     tempered, pruned = domain["rows"][2:]
     assert (tempered["name"], pruned["name"]) == ("tempered x4, 2 samples", "pruned 50%, mean")
@@ -169,16 +160,8 @@ def test_a_choice_task_has_no_votes_and_no_shift(
     ids=str,
 )
 def test_mistakes_end_in_one_sentence(adapter: Path, tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
-    quick = ["--quick"] if options.pop("quick", False) else []
-    named = [f"--{name.replace('_', '-')}={value}" for name, value in {"device": "cpu", **options}.items()]
-    result = invoke("evaluate", adapter, f"--out={tmp_path / 'out'}", *named, *quick)
+    result = invoke("evaluate", adapter, **{"out": tmp_path / "out", "device": "cpu", **options})
     refused(result, sentence.format(adapter=adapter))
-
-
-def refused(result: Result, sentence: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith(f"Error: {sentence}")
-    assert result.stderr.count("\n") == 1
 
 
 def test_a_folder_without_an_adapter(tmp_path: Path) -> None:

