@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import gc
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -14,11 +13,7 @@ _MEGABYTE = 2**20
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory, as Linux tells: ``"VmRSS"`` now, ``"VmHWM"`` at most.
-
-    Raises:
-        OSError: On another system.
-    """
+    """Bytes of this process in memory: ``"VmRSS"`` now, ``"VmHWM"`` at most; OSError on another system than Linux."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -26,11 +21,7 @@ def resident(field: str) -> int:
 
 
 def forget_peak() -> None:
-    """The most that was resident starts anew from here.
-
-    Raises:
-        OSError: Where the system cannot.
-    """
+    """The most that was resident starts anew from here; OSError where the system cannot."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
@@ -41,13 +32,10 @@ def return_freed_memory() -> None:
 
 
 class PeakMemory:
-    """The peak of memory in a block above what was in use before it.
+    """The peak of memory in a block above what was in use before it: `bytes`, None where the system does not tell.
 
     On a CUDA device this is what torch has allocated there; elsewhere the resident set of the process, on Linux.
-
-    Attributes:
-        bytes: After the block; None where the system does not tell.
-        highest: The peak itself, with what was in use before.
+    `highest` is the peak itself, with what was in use before.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -87,7 +75,5 @@ class PeakMemory:
         self.highest = resident("VmHWM") if self._cuda is None else torch.cuda.max_memory_allocated(self._cuda)
         return max(0, self.highest - self._before)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bytes = self.so_far()

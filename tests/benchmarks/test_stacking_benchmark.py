@@ -13,8 +13,19 @@ from typer.testing import CliRunner
 from benchmarks import UserError
 from benchmarks.__main__ import app
 from benchmarks.finetune.model import add_lora
-from benchmarks.stacking.passes import MEAN, SEPARATE, STACKED, WAYS, Setup, check, prepare, token_batch
-from benchmarks.stacking.run import Options, peaks_of, run
+from benchmarks.stacking import (
+    MEAN,
+    SEPARATE,
+    STACKED,
+    WAYS,
+    Options,
+    Setup,
+    check,
+    peaks_of,
+    prepare,
+    run,
+    token_batch,
+)
 from tests.support.tiny_llm import llama, tokenizer
 
 # A name that PEFT 0.21 uses and transformers 5.23 deprecates.
@@ -69,15 +80,15 @@ def test_the_record(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize("way", WAYS)
 def test_peak_memory(setup: Setup, way: str) -> None:
-    peaks = peaks_of(way, setup.config, torch.float32, Options(model=None, **OPTIONS))
+    peaks = peaks_of(way, setup.model.config, torch.float32, Options(model=None, **OPTIONS))
     assert len(peaks) == 2 and all(peak is None or peak >= 0 for peak in peaks)
 
 
 def test_what_the_contenders_compute(setup: Setup) -> None:
     tokens = token_batch(setup, 2, 5)
     with torch.inference_mode():
-        separate = setup.step(SEPARATE, tokens)(None)
-        mean = setup.step(MEAN, tokens)(None)
+        separate = setup.logits(SEPARATE, tokens, None)
+        mean = setup.logits(MEAN, tokens, None)
         expected = setup.model(input_ids=tokens).logits[:, -1]
     assert separate.shape == (3, 2, 32) and mean.shape == (1, 2, 32)
     torch.testing.assert_close(mean[0], expected)
@@ -86,13 +97,13 @@ def test_what_the_contenders_compute(setup: Setup) -> None:
 
 def test_wrong_results_are_noticed(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample 3 in the place of sample 2."""
-    step = Setup.step
+    logits = Setup.logits
 
-    def wrong(self: Setup, way: str, tokens: torch.Tensor) -> Any:
+    def wrong(self: Setup, way: str, *rest: Any) -> Any:
         other = Setup(self.model, self.posterior, (0, 1, 3))
-        return step(other if way == SEPARATE else self, way, tokens)
+        return logits(other if way == SEPARATE else self, way, *rest)
 
-    monkeypatch.setattr(Setup, "step", wrong)
+    monkeypatch.setattr(Setup, "logits", wrong)
     with pytest.raises(UserError, match=r"stacked probabilities differ .* more than rounding in torch\.float32"):
         check(setup, token_batch(setup, 1, 5))
 

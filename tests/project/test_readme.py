@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme.figures import DOCUMENTS, TABLES, fill
+from benchmarks.readme import DOCUMENTS, TABLES, fill
 
 ROOT = Path(__file__).parents[2]
 FEATURES = ["accumulation", "clipping", "AMP", "resume", "evaluation", "save"]

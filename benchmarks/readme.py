@@ -19,9 +19,10 @@ from benchmarks.evaluate import report as evaluation
 from benchmarks.finetune import report as main_job
 from benchmarks.quality.summary import IN, METRICS, SHIFT, Summary
 from benchmarks.quality.tables import bold, mark, number
+from benchmarks.speed.record import read
 from benchmarks.tables import NOTHING, markdown
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
     "README.md",
     *(f"benchmarks/{name}/README.md" for name in ("evaluate", "finetune", "quality")),
@@ -45,16 +46,7 @@ _CONTENDERS = {
 
 
 def fill(document: str, root: Path) -> str:
-    """A document with every block of figures made anew.
-
-    Args:
-        document: Its text.
-        root: The repository, with the records in `RESULTS`.
-
-    Raises:
-        KeyError: A block has a name that is not in `TABLES`.
-        FileNotFoundError: A record is missing.
-    """
+    """A document's text with every block of figures made anew, from the records of the repository `root`."""
 
     def block(match: re.Match[str]) -> str:
         return f"{match['begin']}{TABLES[match['name']](root / RESULTS)}\n{match['end']}"
@@ -106,21 +98,12 @@ def repaired(results: Path) -> str:
     return markdown(pd.DataFrame(table))
 
 
-def _measured(results: Path, **wanted: str) -> tuple[pd.DataFrame, pd.Series]:
-    """The measurements of speed with these values, and how the tables call the workloads."""
-    record = _read(results / "speed" / "speed.json")
-    found = pd.DataFrame(record["measurements"])
-    if "error" in found:
-        found = found[found["error"].isna()]
-    found = found[(found[list(wanted)] == pd.Series(wanted)).all(axis=1)]
-    return found, pd.DataFrame(record["workloads"]).T
-
-
 def speed(results: Path) -> str:
     """Small tensors in float32: fused AdamW's time, and the others as multiples of it."""
-    found, workloads = _measured(results, part="steps", dtype="float32", quantity="step")
+    record = read(results / "speed" / "speed.json")
+    found = record.measured("steps").query("dtype == 'float32' and quantity == 'step'")
     steps = found.pivot(index="workload", columns="contender", values=["p50", "ratio"]).loc[list(_WORKLOADS)]
-    about = [workloads.loc[name] for name in _WORKLOADS]
+    about = [record.workloads[name] for name in _WORKLOADS]
     titles = [f"{w['title']}: {w['tensors']} tensors, {w['elements'] / 1e6:.2g}M elements" for w in about]
     table = steps["ratio"][list(_CONTENDERS)].rename(columns=_CONTENDERS).map("{:.2g}x".format)
     table.insert(0, "`AdamW(fused=True)`", steps["p50", _BASELINE].map("{:.2g} ms".format))
@@ -130,8 +113,9 @@ def speed(results: Path) -> str:
 
 def host(results: Path) -> str:
     """What the host does for a step on a GPU, with launches that do nothing."""
-    found, workloads = _measured(results, part="host")
-    found["tensors"] = found["workload"].map(workloads["title"])
+    record = read(results / "speed" / "speed.json")
+    found = record.measured("host")
+    found["tensors"] = [record.workloads[name]["title"] for name in found["workload"]]
     found["cell"] = [f"{m.p50:.0f} ({m.p20:.0f} to {m.p80:.0f})" for m in found.itertuples()]
     rows, columns = found[["contender", "tensors"]].drop_duplicates(), found["quantity"].unique()
     table = found.pivot(index=["contender", "tensors"], columns="quantity", values="cell")
@@ -161,13 +145,8 @@ def stacking(results: Path) -> str:
     table = found["p50"].map("{:.0f} ms".format)
     table.insert(0, "ratio", found["ratio", "stacked in one pass"].map("{:.2f}".format))
     heads = {"separate passes": "ten passes", "stacked in one pass": "stacked", "ratio": "ratio"}
-    heads |= {"one pass at the mean": "one pass at the mean"}
-    return markdown(
-        table.loc[list(map(str, record["batches"])), list(heads)]
-        .rename(columns=heads)
-        .rename_axis("batch")
-        .reset_index()
-    )
+    table = table[[*heads, "one pass at the mean"]].loc[list(map(str, record["batches"]))]
+    return markdown(table.rename(columns=heads).rename_axis("batch").reset_index())
 
 
 TABLES: dict[str, Callable[[Path], str]] = {

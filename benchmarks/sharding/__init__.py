@@ -1,1 +1,0 @@
-"""What a rank pays for an optimizer step when parameters are sharded over several."""
