@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-
-_MEGABYTE = 2**20
 
 
 def resident(field: str) -> int:
@@ -27,7 +25,7 @@ def forget_peak() -> None:
 
 def return_freed_memory() -> None:
     """Give the system what glibc keeps of freed memory, so that it does not hide what comes next."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -38,16 +36,17 @@ class PeakMemory:
     `highest` is the peak itself, with what was in use before.
     """
 
+    bytes: int | None = None
+    highest: int | None = None
+
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
         self._before: int | None = None
-        self.bytes: int | None = None
-        self.highest: int | None = None
 
     @property
     def megabytes(self) -> float | None:
         """The same in other units."""
-        return None if self.bytes is None else self.bytes / _MEGABYTE
+        return None if self.bytes is None else self.bytes / 2**20
 
     def restart(self) -> None:
         """What the block has taken so far counts only where it is still in use."""
@@ -63,7 +62,7 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self._cuda)
             return self
         return_freed_memory()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             forget_peak()
             self._before = resident("VmRSS")
         return self

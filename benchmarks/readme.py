@@ -15,8 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmarks.evaluate import report as evaluation
-from benchmarks.finetune import report as main_job
+from benchmarks.finetune import report
 from benchmarks.quality.summary import IN, METRICS, SHIFT, Summary
 from benchmarks.quality.tables import bold, mark, number
 from benchmarks.speed.record import read
@@ -126,13 +125,15 @@ def host(results: Path) -> str:
 
 def finetune(results: Path) -> str:
     """The main job's rows."""
-    table = main_job.table(_read(results / "finetune" / "results.json")["rows"], main_job.SCORES)
+    table = report.table(_read(results / "finetune" / "results.json")["rows"], report.SCORES)
     return markdown(table.rename_axis("").reset_index())
 
 
 def evaluate(results: Path) -> str:
     """The main job's posterior, at the mean, by samples and with its dials, domain by domain."""
-    table = evaluation.table(_read(results / "evaluate" / "evaluate.json")["domains"]).reset_index(names=["", " "])
+    table = report.table_of_domains(_read(results / "evaluate" / "evaluate.json")["domains"]).reset_index(
+        names=["", " "]
+    )
     table[""] = table[""].mask(table[""].duplicated(), "")
     return markdown(table, left=2)
 

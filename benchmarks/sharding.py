@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 import torch
@@ -41,7 +41,6 @@ WORKLOADS = (
 )
 _BLOCK = 4  # steps of a turn; the first one, with the caches of the process before, is not counted
 _PATIENCE = timedelta(minutes=5)
-_Answer = TypeVar("_Answer")
 
 
 def run(*, worlds: Sequence[int], rounds: int, out: Path) -> list[dict[str, Any]]:
@@ -114,7 +113,7 @@ def world(size: int, shapes: Sequence[tuple[int, ...]]) -> Iterator[list[Process
         yield ranks
 
 
-def _answer(future: Future[_Answer], rank: int, size: int) -> _Answer:
+def _answer(future: Future[Any], rank: int, size: int) -> Any:
     try:
         return future.result()
     except Exception as error:  # of a rank, whatever it is

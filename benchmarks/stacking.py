@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,6 @@ class Setup:
     def stack(self) -> lora.Stack:
         """The samples stacked in the model, until they are removed."""
         return lora.stack(self.model, self.posterior, self.samples)
-
-    def ready(self, way: str) -> AbstractContextManager[lora.Stack | None]:
-        """What has to be in place around :meth:`logits`: once for all batches of a data set."""
-        return self.stack() if way == STACKED else nullcontext()
 
     def logits(self, way: str, tokens: Tensor, stack: lora.Stack | None) -> Tensor:
         """Logits of the last token ``[samples, batch, vocabulary]``; at the mean of one sample."""
@@ -161,16 +157,14 @@ def run(options: Options, out: Path) -> None:
             bar.update(task, description="memory")
             peaks = peak_memory(setup, options, lambda: bar.advance(task))
             rows = [{**row, "peak_bytes": peaks[row["name"]][row["batch"]]} for row in rows]
-    stacking_ms = device.wall_ms(Step(lambda: setup.stack().remove()), 1)[0]
-    stack = setup.stack()
-    adapter_bytes, base_bytes = stack.nbytes, sum(param.nbytes for param in setup.base)
-    stack.remove()
+    with setup.stack() as stack:
+        adapter_bytes, base_bytes = stack.nbytes, sum(param.nbytes for param in setup.base)
     record = {
         **asdict(options),
         "model": options.model or "SmolLM2-135M-Instruct",
         "dtype": str(setup.base[0].dtype),
         "rows": rows,
-        "stacking_ms": stacking_ms,
+        "stacking_ms": device.wall_ms(Step(lambda: setup.stack().remove()), 1)[0],
         "base_bytes": base_bytes,
         "adapter_bytes": adapter_bytes,
         "difference_in_spreads": difference,
@@ -207,16 +201,17 @@ def compare(setup: Setup, batch: int, tokens: int, rounds: int, after: Callable[
 
     def turn(number: int, done: int) -> dict[str, list[float]]:
         way = rows[number].name
-        with setup.ready(way) as stack:
+        with setup.stack() if way == STACKED else nullcontext() as stack:
             return {way: device.wall_ms(Step(lambda: setup.logits(way, inputs, stack)), 1)}
 
     take_turns(rows, turn, rounds + 1, after=after)
     if failed := [row for row in rows if row.error]:
         raise UserError(f"{failed[0].name}: {failed[0].error}")
     times = {row.name: row.times[row.name][1:] for row in rows}
-    found = {way: timing(own, times[SEPARATE])._asdict() for way, own in times.items()}
+    found = {way: timing(own, times[SEPARATE]) for way, own in times.items()}
     return [
-        {"batch": batch, "name": way, **{q: t[q] for q in ("p20", "p50", "p80", "ratio")}} for way, t in found.items()
+        {"batch": batch, "name": way, "p20": t.p20, "p50": t.p50, "p80": t.p80, "ratio": t.ratio}
+        for way, t in found.items()
     ]
 
 
@@ -252,7 +247,7 @@ def peaks_of(way: str, config: Any, dtype: torch.dtype, options: Options) -> lis
         for batch in options.batches:
             inputs = token_batch(setup, batch, options.tokens)
             peak.restart()
-            with setup.ready(way) as stack:
+            with setup.stack() if way == STACKED else nullcontext() as stack:
                 setup.logits(way, inputs, stack)
             result.append(peak.so_far())
     return result
@@ -281,9 +276,8 @@ def print_tables(console: Console, record: dict[str, Any]) -> None:
 def plot(path: Path, record: dict[str, Any]) -> None:
     """Time against separate passes, and peak memory, for every batch size."""
     rows = pd.DataFrame(record["rows"])
-    pictures = [
-        (f"{record['samples']} samples of {record['model']}", "ratio", "time / time of separate passes", "%.2f")
-    ]
+    title = f"{record['samples']} samples of {record['model']}"
+    pictures = [(title, "ratio", "time / time of separate passes", "%.2f")]
     if "peak_bytes" in rows and rows.peak_bytes.notna().all():
         rows["peak"] = rows.peak_bytes / _MEGABYTE
         title = f"the model itself: {record['base_bytes'] / _MEGABYTE:.0f} MB"

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from benchmarks import Interruption
-from benchmarks.evaluate.settings import resolve
-from benchmarks.finetune.hub import use_cache_without_network
+from benchmarks import Interruption, UserError
+from benchmarks.finetune import settings
+from benchmarks.finetune.cli import use_cache_without_network
+from benchmarks.finetune.settings import RUN, Settings
+from benchmarks.finetune.tasks import Task
+
+QUICK = {"samples": 4, "test_size": 40}
+OWN = ("split", "samples", "device", "out")
+"""What an evaluation does not take from the training."""
 
 
 def evaluate(
@@ -35,16 +43,55 @@ def evaluate(
     In distribution, and for the rated sentences under shift: on the domains that it was not trained on. Temperature and
     pruned fraction are chosen on the validation split of the task it was trained on. Ctrl-C keeps what is done.
     """
-    found, settings = resolve(**locals())  # the options above have the names of the settings
-    if found.hub or not Path(settings.model or ".").exists():
+    found, chosen = resolve(**locals())  # the options above have the names of the settings
+    if found.hub or not Path(chosen.model or ".").exists():
         use_cache_without_network()
     from rich.console import Console
 
     from benchmarks.evaluate.run import Evaluation
 
     try:
-        finished = Evaluation(folder, found, settings, Console()).run()
+        finished = Evaluation(folder, found, chosen, Console()).run()
     except KeyboardInterrupt:
         raise Interruption("Interrupted; nothing was saved.") from None
     if not finished:
         raise Interruption(f"Interrupted; what was judged so far is in {out}.")
+
+
+def resolve(*, folder: Path, task: str | None, quick: bool, **options: Any) -> tuple[Task, Settings]:
+    """The task of the training, and the user's options over what the adapter's folder says about it.
+
+    An option of None keeps the training's value, and the recipe's for the samples.
+
+    Raises:
+        UserError: no adapter in the folder, an unknown name, a number out of range, or options that contradict.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"There is no adapter in {folder}: train one with python -m benchmarks finetune.")
+    given = {name: value for name, value in options.items() if value is not None}
+    settings.check(given)
+    if quick:
+        for name in QUICK:
+            if name in given:
+                raise UserError(f"--quick decides {settings.option(name)}: give one of the two.")
+        given |= QUICK
+    trained = _trained(folder / RUN)
+    trained_on = trained.get("task", task)
+    if trained_on is None:
+        raise UserError(f"{folder} does not say what it was trained on: give --task.")
+    if task not in (None, trained_on):
+        raise UserError(f"{folder} was trained on {trained_on}, not on {task}.")
+    found, chosen = settings.resolve(task=trained_on, optimizer="ivon", **given)
+    names = {field.name for field in fields(Settings)}.difference(OWN, given)
+    return found, replace(chosen, **{name: value for name, value in trained.items() if name in names})
+
+
+def _trained(path: Path) -> dict[str, Any]:
+    """The settings that the main job wrote beside the adapter; none for an adapter from elsewhere."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"Cannot read {path}: it holds no settings.")
+    return found

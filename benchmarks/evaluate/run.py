@@ -9,21 +9,19 @@ from typing import Any
 
 import peft
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks import UserError
 from benchmarks.environment import write_record
-from benchmarks.evaluate import report
-from benchmarks.evaluate.settings import domains
-from benchmarks.finetune import data
-from benchmarks.finetune.evaluate import labels_of, votes_of
+from benchmarks.finetune import data, report
 from benchmarks.finetune.model import LabelScorer, load_model
-from benchmarks.finetune.report import PACKAGES, scores_record
 from benchmarks.finetune.run import find_device, last_word, make_folder, progress_bars
 from benchmarks.finetune.settings import Settings
-from benchmarks.finetune.tasks import Task
-from benchmarks.finetune.train import Interrupted, InterruptGuard
+from benchmarks.finetune.tasks import Task, domains
+from benchmarks.finetune.train import InterruptGuard
+from benchmarks.tables import show
 from ivon_kernels.posterior import Posterior, PosteriorFileError, Sweep, predict, sweep_pruning, sweep_temperature
 from ivon_kernels.predict import metrics
 from ivon_kernels.report.page import report as write_page
@@ -37,22 +35,13 @@ DIAL_SAMPLES = 4
 RECORD = "evaluate.json"
 
 
-Methods = dict[str, tuple[Posterior, int]]
-"""Ways of predicting by name: with which posterior, and how many samples of it; 0 predicts at the mean."""
-
-
 class Examples:
     """One task's examples as `predict` reads them: batches, short sentences first; as often as wanted."""
 
-    def __init__(
-        self, examples: list[data.Example], encoded: data.EncodedExamples, on_batch: Callable[[], None]
-    ) -> None:
+    def __init__(self, encoded: data.EncodedExamples, on_batch: Callable[[], None]) -> None:
         self._encoded, self._on_batch = encoded, on_batch
-        in_order = [examples[i] for batch in encoded.in_length_order(BATCH_SIZE) for i in batch.index]
-        self.labels, self.votes = labels_of(in_order), votes_of(in_order)
-
-    def __len__(self) -> int:
-        return -(-len(self._encoded) // BATCH_SIZE)
+        order = [i for batch in encoded.in_length_order(BATCH_SIZE) for i in batch.index]
+        self.labels, self.votes = encoded.labels[order], None if encoded.votes is None else encoded.votes[order]
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in self._encoded.in_length_order(BATCH_SIZE):
@@ -64,18 +53,17 @@ class Evaluation:
     """One run of the command."""
 
     def __init__(self, folder: Path, task: Task, settings: Settings, console: Console) -> None:
-        """Loads data, posterior and model.
-
-        Raises:
-            UserError: one of them cannot be had, or they do not fit together.
-        """
+        """Loads data, posterior and model; UserError if one cannot be had, or they do not fit together."""
         self.folder, self.task, self.settings, self.console = folder, task, settings, console
         self.guard, self.progress = InterruptGuard(), progress_bars(console)
         self.device = find_device(settings.device)
         self.examples = {t.name: self._load(t, settings.split) for t in domains(task)}
         # The hub's tasks are judged on their published validation split: there is no other to choose by.
         self.validation = None if task.hub else self._load(task, "validation")
-        posterior = load_posterior(folder)
+        try:
+            posterior = Posterior.load(folder)
+        except (FileNotFoundError, PosteriorFileError) as error:
+            raise UserError(f"Cannot read the posterior: {error}.") from error
         make_folder(settings.out)
         with console.status("Loading the model"):
             self.model, self.tokenizer = load_adapted(folder, settings, self.device, posterior)
@@ -88,17 +76,12 @@ class Evaluation:
     def run(self) -> bool:
         """Chooses the dials, judges every domain and writes it all; False when Ctrl-C cut it short."""
         with self.guard, self.progress:
-            try:
-                methods = self._methods()
-                for name in self.examples:
-                    self.guard.check()
-                    self._judge(name, methods)
-            except Interrupted:
-                finished = False
-            else:
-                finished = True
-        self._finish(finished)
-        return finished
+            methods = self._methods()
+            for name in self.examples:
+                self.guard.check()
+                self._judge(name, methods)
+        self._finish()
+        return not self.guard.interrupted
 
     def _load(self, task: Task, split: str) -> list[data.Example]:
         test = data.load_dataset(task, split=split, train_size=1, max_words=self.settings.max_words).test
@@ -113,15 +96,16 @@ class Evaluation:
             self.progress.advance(bar)
 
         encoded = data.EncodedExamples(examples, self.tokenizer, self.settings.max_tokens, self.device)
-        return Examples(examples, encoded, on_batch)
+        return Examples(encoded, on_batch)
 
     def _score(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return self.scorer.logits(inputs["input_ids"], inputs["last"])
 
-    def _methods(self) -> Methods:
-        """The ways to predict; the dials of the last two are chosen by NLL on the validation split.
+    def _methods(self) -> dict[str, tuple[Posterior, int]]:
+        """The ways to predict: with which posterior, and how many samples of it; 0 predicts at the mean.
 
-        Pruning is judged at the mean: there it costs nothing at prediction time.
+        The dials of the last two are chosen by NLL on the validation split. Pruning is judged at the mean: there it
+        costs nothing at prediction time.
         """
         samples = self.settings.samples
         methods = {"mean": (self.posterior, 0), f"{samples} samples": (self.posterior, samples)}
@@ -132,14 +116,16 @@ class Evaluation:
         few = min(samples, DIAL_SAMPLES)
         self.dials.append(sweep_temperature(self.posterior, temperatures=TEMPERATURES, samples=few, **given))
         self.dials.append(sweep_pruning(self.posterior, fractions=FRACTIONS, samples=0, **given))
+        for dial in self.dials:
+            chosen = f"{dial.dial} {dial.best:g}: the best NLL on {len(self.validation)} validation examples"
+            self.console.print(f"{chosen}, of {', '.join(f'{value:g}' for value in dial.values)}", soft_wrap=True)
         heat, cut = self.dials
-        report.print_dials(self.console, self.dials, len(self.validation))
         methods[f"tempered x{heat.best:g}, {samples} samples"] = (heat.posterior, samples)
         methods[f"pruned {cut.best:.0%}, mean"] = (cut.posterior, 0)
         return methods
 
-    def _judge(self, name: str, methods: Methods) -> None:
-        """Judges every method on one domain, and writes its page."""
+    def _judge(self, name: str, methods: dict[str, tuple[Posterior, int]]) -> None:
+        """Judges every method on one domain; prints its table and writes its page."""
         examples = self._encode(self.examples[name], name, len(methods))
         predictions = {
             title: predict(posterior, self.model, examples, samples=samples, score=self._score, progress=False)
@@ -149,7 +135,7 @@ class Evaluation:
         rows = [
             {
                 "name": title,
-                "scores": scores_record(metrics.evaluate(found.probabilities, labels, votes)),
+                "scores": report.scores_record(metrics.evaluate(found.probabilities, labels, votes)),
                 "mutual_information": found.mutual_information.mean().item(),
             }
             for title, found in predictions.items()
@@ -157,44 +143,49 @@ class Evaluation:
         entropy = None if votes is None else metrics.vote_entropy(votes)
         domain = {"task": name, "shift": shift, "examples": len(labels), "vote_entropy": entropy, "rows": rows}
         self.domains.append(domain)
-        report.print_domain(self.console, domain)
+        frame = report.table(rows, report.OF_POSTERIORS)
+        if entropy is not None:
+            frame.loc["votes' own entropy"] = {"votes": f"{entropy:.3f}"}
+        title = f"{report.place(domain)}, {len(labels)} examples"
+        show(self.console, title, frame.fillna(""))
         # The pictures of the posterior are on one page: it is the same in every domain.
         posterior = None if shift else self.posterior
-        write_page(self.settings.out / name, predictions, labels, posterior, votes=votes, title=report.title(domain))
+        write_page(self.settings.out / name, predictions, labels, posterior, votes=votes, title=title)
 
-    def _finish(self, finished: bool) -> None:
-        """Writes the record and the dials' picture."""
-        out, settings = self.settings.out, {"folder": str(self.folder), **self.settings.record()}
-        about = {"finished": finished, "settings": settings, "device": str(self.device)}
-        about |= {"threads": torch.get_num_threads(), "dials": [report.dial_record(dial) for dial in self.dials]}
-        write_record(out / RECORD, {**about, "domains": self.domains}, PACKAGES)
+    def _finish(self) -> None:
+        """Writes the record and the dials' picture, and says what the tables' columns are."""
+        out, show_line = self.settings.out, self.console.print
+        record = {
+            "finished": not self.guard.interrupted,
+            "settings": {"folder": str(self.folder), **self.settings.record()},
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "dials": [
+                {name: getattr(dial, name) for name in ("dial", "best", "criterion", "values")}
+                | {"scores": [report.scores_record(scores) for scores in dial.scores]}
+                for dial in self.dials
+            ],
+            "domains": self.domains,
+        }
+        write_record(out / RECORD, record, report.PACKAGES)
         if self.dials:
-            report.draw_dials(out / "dials.png", self.dials)
+            figure = Figure(figsize=(4.6 * len(self.dials), 3.8), layout="constrained")
+            for dial, axis in zip(self.dials, figure.subplots(1, len(self.dials), squeeze=False)[0], strict=True):
+                dial.plot(axis).set_title(f"{dial.dial}, validation split")
+            figure.savefig(out / "dials.png", dpi=150)
         if self.domains:
-            report.print_legend(self.console, self.domains)
-        self.console.print(f"Record, pages and pictures: {out}", soft_wrap=True)
-
-
-def load_posterior(folder: Path) -> Posterior:
-    """The posterior beside the adapter.
-
-    Raises:
-        UserError: there is none, it is damaged, or it belongs to other weights.
-    """
-    try:
-        return Posterior.load(folder)
-    except (FileNotFoundError, PosteriorFileError) as error:
-        raise UserError(f"Cannot read the posterior: {error}.") from error
+            error = max(report.standard_error(domain["rows"], domain["examples"]) for domain in self.domains)
+            show_line(f"One standard error of an accuracy is up to {error:.3f}.")
+            show_line("AUROC: does confidence tell right from wrong answers; 0.5 is not at all.")
+        if any(domain["vote_entropy"] is not None for domain in self.domains):
+            show_line("votes: cross-entropy of the predictions to the raters' votes, in nats.")
+        show_line(f"Record, pages and pictures: {out}", soft_wrap=True)
 
 
 def load_adapted(
     folder: Path, settings: Settings, device: torch.device, posterior: Posterior
 ) -> tuple[peft.PeftModel, Any]:
-    """The base model with the adapter, and its tokenizer.
-
-    Raises:
-        UserError: the model cannot be read, or is not the one that the adapter was trained on.
-    """
+    """The base model with the adapter, and its tokenizer; UserError if they are not those of the training."""
     base, tokenizer = load_model(settings.model, device=device, in_8bit=settings.load_in_8bit)
     mismatch = f"The adapter in {folder} was not trained on this model"
     try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from benchmarks import Interruption
-from benchmarks.finetune.hub import use_cache_without_network
 from benchmarks.finetune.settings import resolve
 from benchmarks.finetune.tasks import TASKS
 
@@ -57,3 +59,16 @@ def finetune(
         raise Interruption(f"Interrupted; what was saved before is in {out}.") from None
     if not finished:
         raise Interruption(f"Interrupted; what was trained so far is in {out}.")
+
+
+def use_cache_without_network() -> None:
+    """Makes the hub's libraries use their cache alone if the hub cannot be reached, instead of retrying for a minute.
+
+    They read the switch when they are imported, so this comes first.
+    """
+    try:
+        urllib.request.urlopen(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, whatever it says
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"

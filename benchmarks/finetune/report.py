@@ -15,9 +15,12 @@ from ivon_kernels.predict import metrics
 PACKAGES = ("torch", "transformers", "peft", "torchmetrics", "scikit-learn", "numpy", "ivon-kernels")
 SCORES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
 """What every table has: the fields of `ivon_kernels.predict.metrics.Scores`, and their heads."""
+OF_POSTERIORS = {**SCORES, "auroc_errors": "AUROC", "vote_cross_entropy": "votes"}
 
 Row = Mapping[str, Any]
 """One way of predicting in a record: its `name`, its `scores`, and more."""
+Domain = Mapping[str, Any]
+"""Rows of an evaluation, with their `task`, whether it is under `shift`, how many `examples`, and `vote_entropy`."""
 
 
 def scores_record(scores: metrics.Scores) -> dict[str, float | None]:
@@ -32,7 +35,16 @@ def table(rows: Sequence[Row], heads: Mapping[str, str]) -> pd.DataFrame:
     return frame.map("{:.3f}".format, na_action="ignore").fillna(NOTHING)
 
 
+def place(domain: Domain) -> str:
+    """Which sentences these are, and whether the adapter was trained on others."""
+    return f"{domain['task']}, {'under shift' if domain['shift'] else 'in distribution'}"
+
+
+def table_of_domains(domains: Sequence[Domain]) -> pd.DataFrame:
+    """The scores of an evaluation as text, by domain and way of predicting."""
+    return pd.concat({place(domain): table(domain["rows"], OF_POSTERIORS) for domain in domains}).fillna(NOTHING)
+
+
 def standard_error(rows: Iterable[Row], examples: int) -> float:
     """The largest standard error of the rows' accuracies."""
-    accuracies = [row["scores"]["accuracy"] for row in rows]
-    return max(float((a * (1 - a) / examples) ** 0.5) for a in accuracies)
+    return max(float((a * (1 - a) / examples) ** 0.5) for a in (row["scores"]["accuracy"] for row in rows))

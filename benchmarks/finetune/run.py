@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from benchmarks import UserError
 from benchmarks.environment import write_record
-from benchmarks.finetune import data, evaluate, model, report, train
+from benchmarks.finetune import data, model, report, train
 from benchmarks.finetune.settings import RUN, Settings
 from benchmarks.finetune.tasks import Task
 from benchmarks.tables import show
@@ -25,17 +24,14 @@ from ivon_kernels.report.page import draw_reliability
 
 TITLES = {"adamw": "AdamW", "ivon": "IVON"}
 RECORD = "results.json"
+BATCH_SIZE = 32  # at prediction
 
 
 class Job:
     """One run of the main job."""
 
     def __init__(self, task: Task, settings: Settings, console: Console) -> None:
-        """Loads data and model.
-
-        Raises:
-            UserError: the data, the model or the device cannot be had.
-        """
+        """Loads data and model; UserError if one of them or the device cannot be had."""
         self.settings, self.console = settings, console
         self.guard, self.progress = train.InterruptGuard(), progress_bars(console)
         self.device = find_device(settings.device)
@@ -45,11 +41,11 @@ class Job:
         with console.status("Loading the model"):
             base, tokenizer = model.load_model(settings.model, device=self.device, in_8bit=settings.load_in_8bit)
         self.model = model.add_lora(base, seed=settings.seed)
-        self.scorer = model.LabelScorer(self.model, tokenizer, task.label_words, suffix=last_word(examples.train[0]))
+        suffix = last_word(examples.train[0])
+        self.scorer = model.LabelScorer(self.model, tokenizer, task.label_words, suffix)
         self.train_set, self.test_set = (
             data.EncodedExamples(part, tokenizer, settings.max_tokens, self.device) for part in examples
         )
-        self.labels, self.votes = evaluate.labels_of(examples.test), evaluate.votes_of(examples.test)
         self.start = [p.detach().clone() for p in train.trainable(self.model)]
         self.rows: list[dict[str, Any]] = []
         self.probabilities: dict[str, Tensor] = {}
@@ -61,18 +57,13 @@ class Job:
         Every optimizer starts from the same adapter values and sees the same batches and the same dropout.
         """
         with self.guard, self.progress:
-            try:
-                for name in self.settings.optimizers:
-                    self.guard.check()
-                    self._train(name)
-                    self.guard.check()
-                    self._evaluate(name)
-            except train.Interrupted:
-                finished = False
-            else:
-                finished = True
-        self._report(finished)
-        return finished
+            for name in self.settings.optimizers:
+                self.guard.check()
+                self._train(name)
+                self.guard.check()
+                self._evaluate(name)
+        self._report()
+        return not self.guard.interrupted
 
     def _train(self, name: str) -> None:
         settings, parameters = self.settings, train.trainable(self.model)
@@ -102,62 +93,70 @@ class Job:
         optimizer = self.trainings[name].optimizer
         samples = self.settings.samples if isinstance(optimizer, IVON) else 0
         bar = self.progress.add_task(f"{TITLES[name]}: evaluation", total=(1 + samples) * len(self.test_set), note="")
-
-        def predict() -> Tensor:
-            advance = partial(self.progress.advance, bar)
-            return evaluate.predict(self.model, self.scorer, self.test_set, self.guard, advance)
-
-        self._judge("IVON, mean" if samples else TITLES[name], name, predict())
+        self._judge("IVON, mean" if samples else TITLES[name], name, self._predict(bar))
         if isinstance(optimizer, IVON):
             probabilities = torch.zeros(())
             for k in range(samples):
                 with optimizer.sampled_params(sample=k):
-                    probabilities = probabilities + predict() / samples
+                    probabilities = probabilities + self._predict(bar) / samples
             self._judge(f"IVON, {samples} samples", name, probabilities)
 
+    @torch.inference_mode()
+    def _predict(self, bar: bars.TaskID) -> Tensor:
+        """Class probabilities under the weights as they are, float64 `[test examples, classes]`."""
+        self.model.eval()
+        index: list[int] = []
+        found: list[Tensor] = []
+        for batch in self.test_set.in_length_order(BATCH_SIZE):
+            self.guard.check()
+            found.append(self.scorer(batch).double().softmax(1).cpu())
+            index += batch.index
+            self.progress.advance(bar, len(batch.index))
+        return torch.cat(found)[torch.tensor(index).argsort()]
+
     def _judge(self, title: str, name: str, probabilities: Tensor) -> None:
-        self.probabilities[title] = probabilities
+        labels, training = self.test_set.labels, self.trainings[name]
         row = {
             "name": title,
             "optimizer": name,
-            "scores": report.scores_record(metrics.evaluate(probabilities, self.labels, self.votes)),
-            "reliability": asdict(metrics.reliability(probabilities, self.labels)),
-            "train_seconds": self.trainings[name].seconds,
-            "optimizer_ms": self.trainings[name].optimizer_ms,
+            "scores": report.scores_record(metrics.evaluate(probabilities, labels, self.test_set.votes)),
+            "reliability": asdict(metrics.reliability(probabilities, labels)),
+            "train_seconds": training.seconds,
+            "optimizer_ms": training.optimizer_ms,
         }
         self.rows.append(row)
+        self.probabilities[title] = probabilities
 
-    def _report(self, finished: bool) -> None:
+    def _report(self) -> None:
         out, settings, console = self.settings.out, self.settings, self.console
-        about = {"finished": finished, "settings": settings.record(), "device": str(self.device)}
-        training = {
-            name: {"steps": t.steps, "seconds": t.seconds, "optimizer_ms": t.optimizer_ms, "losses": t.losses}
-            for name, t in self.trainings.items()
+        record = {
+            "finished": not self.guard.interrupted,
+            "settings": settings.record(),
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "training": {name: training.record() for name, training in self.trainings.items()},
+            "rows": self.rows,
         }
-        about |= {"threads": torch.get_num_threads(), "training": training, "rows": self.rows}
-        write_record(out / RECORD, about, report.PACKAGES)
+        write_record(out / RECORD, record, report.PACKAGES)
         if self.rows:
             title = f"{settings.task}, {len(self.train_set)} training examples"
             frame = report.table(self.rows, {**report.SCORES, "vote_kl": "raters"})
             frame["training"] = [f"{row['train_seconds']:.1f} s" for row in self.rows]
             frame["opt./step"] = [f"{row['optimizer_ms']:.2f} ms" for row in self.rows]
             show(console, title, frame)
-            error = report.standard_error(self.rows, len(self.labels))
-            console.print(f"{len(self.labels)} test examples: one standard error of the accuracy is {error:.3f}.")
-            if self.votes is not None:
+            count = len(self.test_set)
+            error = report.standard_error(self.rows, count)
+            console.print(f"{count} test examples: one standard error of the accuracy is {error:.3f}.")
+            if self.test_set.votes is not None:
                 console.print("raters: KL divergence of the predictions from the raters' votes, in nats.")
-            draw_reliability(out / "reliability.png", self.probabilities, self.labels, title=title)
+            draw_reliability(out / "reliability.png", self.probabilities, self.test_set.labels, title=title)
         for name, done in self.trainings.items():
             console.print(f"{TITLES[name]} adapter after {done.steps} steps: {out / name}", soft_wrap=True)
         console.print(f"Results: {out / RECORD}", soft_wrap=True)
 
 
 def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a CUDA device where there is one, else the CPU.
-
-    Raises:
-        UserError: there is no such device here.
-    """
+    """The device called `name`, or UserError; "auto" is a CUDA device where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -169,11 +168,7 @@ def find_device(name: str) -> torch.device:
 
 
 def make_folder(out: Path) -> None:
-    """Makes the folder of `--out`.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+    """Makes the folder of `--out`, or UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -185,8 +180,11 @@ def last_word(example: data.Example) -> str:
     return example.prompt.split()[-1]
 
 
-def progress_bars(console: Console) -> Progress:
+def progress_bars(console: Console) -> bars.Progress:
     """Bars with a field `note`, above which the console may print."""
-    description, note = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
-    columns = (description, BarColumn(), MofNCompleteColumn(), note, TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console)
+    description, note = bars.TextColumn("{task.description}"), bars.TextColumn("{task.fields[note]}")
+    how_far, times = (
+        (bars.BarColumn(), bars.MofNCompleteColumn()),
+        (bars.TimeElapsedColumn(), bars.TimeRemainingColumn()),
+    )
+    return bars.Progress(description, *how_far, note, *times, console=console)

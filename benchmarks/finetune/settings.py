@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,18 @@ from benchmarks.finetune.tasks import Recipe, Task, find_task
 
 OPTIMIZERS = {"both": ("adamw", "ivon"), "adamw": ("adamw",), "ivon": ("ivon",)}
 IVON_ONLY = ("ess", "hess_init", "clip_radius", "samples")
-POSITIVE = ("lr", "adamw_lr", "ess", "hess_init", "clip_radius")
-AT_LEAST_ONE = ("steps", "batch_size", "train_size", "test_size", "max_words", "samples")
-MAX_SAMPLES = 2**16
 RUN = "run.json"
 """Beside an adapter: the settings it was trained with, which ``python -m benchmarks evaluate`` goes by."""
+_COUNTS = ("steps", "batch_size", "train_size", "test_size", "max_words", "samples")
+_POSITIVE = ("lr", "adamw_lr", "ess", "hess_init", "clip_radius")
+_RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (_COUNTS, "at least 1", lambda value: value >= 1),
+    (("samples",), f"at most {2**16}", lambda value: value <= 2**16),
+    (_POSITIVE, "a positive number", lambda value: 0 < value < inf),
+    (("weight_decay",), "zero or a positive number", lambda value: 0 <= value < inf),
+    (("seed",), "between 0 and 2^63 - 1", lambda value: 0 <= value < 2**63),
+)
+"""Of which fields, what they must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +46,7 @@ class Settings(Recipe):
 
 
 def resolve(*, task: str, optimizer: str, lr: float | None = None, **options: Any) -> tuple[Task, Settings]:
-    """Lays the user's options over the task's recipe.
-
-    Args:
-        task: a name in TASKS.
-        optimizer: "adamw", "ivon" or "both".
-        lr: learning rate of the chosen optimizer; with both, of IVON.
-        options: other fields of Settings; None keeps the recipe's value.
+    """Lays the user's options over the task's recipe; None keeps the recipe's value, `lr` is the optimizer's.
 
     Raises:
         UserError: an unknown name, a number out of range, or an option that would have no effect.
@@ -66,24 +67,13 @@ def resolve(*, task: str, optimizer: str, lr: float | None = None, **options: An
 
 
 def check(given: Mapping[str, Any]) -> None:
-    """Looks at the options that were given, by field.
-
-    Raises:
-        UserError: a number is out of range, or there is no such split.
-    """
+    """Refuses, by UserError, a number that is out of range and a split that there is not."""
     if given["split"] not in ("test", "validation"):
         raise UserError(f"Unknown split '{given['split']}'; choose test or validation.")
-    for name, value in given.items():
-        if name in POSITIVE and not 0 < value < math.inf:
-            raise UserError(f"{option(name)} must be a positive number, not {value}.")
-        if name in AT_LEAST_ONE and value < 1:
-            raise UserError(f"{option(name)} must be at least 1, not {value}.")
-        if name == "samples" and value > MAX_SAMPLES:
-            raise UserError(f"--samples must be at most {MAX_SAMPLES}, not {value}.")
-        if name == "weight_decay" and not 0 <= value < math.inf:
-            raise UserError(f"--weight-decay must be zero or a positive number, not {value}.")
-        if name == "seed" and not 0 <= value < 2**63:
-            raise UserError(f"--seed must be between 0 and 2^63 - 1, not {value}.")
+    for fields, wanted, holds in _RULES:
+        for name in fields:
+            if name in given and not holds(given[name]):
+                raise UserError(f"{option(name)} must be {wanted}, not {given[name]}.")
 
 
 def option(name: str) -> str:

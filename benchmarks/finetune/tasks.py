@@ -72,11 +72,13 @@ TASKS = {task.name: task for task in _TASKS}
 
 
 def find_task(name: str) -> Task:
-    """The task called `name`.
-
-    Raises:
-        UserError: there is no such task.
-    """
+    """The task called `name`, or UserError."""
     if name not in TASKS:
         raise UserError(f"Unknown task '{name}'; the tasks are {', '.join(TASKS)}.")
     return TASKS[name]
+
+
+def domains(task: Task) -> list[Task]:
+    """The task itself, and where it is one of rated sentences, then the other domains of these."""
+    rated = [other for other in _TASKS if other.name.startswith("vader_")]
+    return [task, *(other for other in rated if other is not task)] if task in rated else [task]

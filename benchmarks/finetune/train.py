@@ -25,9 +25,12 @@ class Interrupted(Exception):
 
 
 class InterruptGuard:
-    """Turns the first Ctrl-C into a request that the loops see between steps; a second one stops at once."""
+    """Turns the first Ctrl-C into a request that the loops see between steps; a second one stops at once.
 
-    requested = False
+    Interrupted ends its block quietly; `interrupted` says so afterwards.
+    """
+
+    requested = interrupted = False
 
     def check(self) -> None:
         """Raises Interrupted if Ctrl-C was pressed."""
@@ -38,8 +41,10 @@ class InterruptGuard:
         self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
         signal.signal(signal.SIGINT, self._previous)
+        self.interrupted = kind is Interrupted
+        return self.interrupted
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self.requested:
@@ -65,6 +70,10 @@ class Training:
     def optimizer_ms(self) -> float:
         """Median milliseconds per step that the optimizer took, drawing samples included."""
         return 1e3 * statistics.median(self.optimizer_seconds) if self.optimizer_seconds else 0.0
+
+    def record(self) -> dict[str, Any]:
+        """The training as JSON can hold it."""
+        return {name: getattr(self, name) for name in ("steps", "seconds", "optimizer_ms", "losses")}
 
 
 def make_optimizer(name: str, parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
@@ -94,28 +103,17 @@ def train(
     batches: Iterator[Batch],
     *,
     steps: int,
-    seed: int,
+    seed: int,  # of the dropout: the same for every optimizer
     guard: InterruptGuard,
-    on_step: Callable[[float], None],
+    on_step: Callable[[float], None],  # called with every step's loss
     around: Callable[[], AbstractContextManager[Any]] | None = None,
-    schedule: Callable[[int], float] | None = None,
-    after_step: Callable[[int], None] | None = None,
+    schedule: Callable[[int], float] | None = None,  # factor on the learning rate by step
+    after_step: Callable[[int], None] | None = None,  # called with the number of steps done
 ) -> Training:
-    """Trains for `steps` steps, or until Ctrl-C.
+    """Trains on batches without end for so many steps, or until Ctrl-C; None as schedule falls linearly to zero.
 
-    Args:
-        optimizer: of the model's trainable parameters. IVON's samples are drawn here.
-        model: set to training mode.
-        loss_of: the loss of a batch.
-        batches: training batches without end.
-        steps: how many.
-        seed: of the dropout: the same for every optimizer.
-        guard: asked before every step.
-        on_step: called with every step's loss.
-        around: entered before the forward and left after the backward pass of every step; None is IVON's sample, or
-            nothing. Its time counts as the optimizer's.
-        schedule: factor on the learning rate by step; None falls linearly to zero.
-        after_step: called with the number of steps done, after each.
+    `around` is entered before the forward and left after the backward pass of every step, and its time counts as the
+    optimizer's; None is IVON's sample, or nothing.
     """
     if around is None:
         around = partial(optimizer.sampled_params, train=True) if isinstance(optimizer, IVON) else nullcontext

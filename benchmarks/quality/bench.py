@@ -12,12 +12,10 @@ import peft
 import torch
 from torch import Tensor
 
-from benchmarks.evaluate.settings import domains
 from benchmarks.finetune import data
-from benchmarks.finetune.evaluate import labels_of, votes_of
 from benchmarks.finetune.model import LabelScorer
 from benchmarks.finetune.run import last_word
-from benchmarks.finetune.tasks import Task
+from benchmarks.finetune.tasks import Task, domains
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.memory import PeakMemory
 from benchmarks.quality.cells import Content
@@ -90,7 +88,8 @@ class Bench:
     def _domain(self, task: Task, split: str, size: int | None) -> Domain:
         examples = self._load(task, split, size, 0).test
         shift = task.name != self.task.name
-        return Domain(task.name, shift, self._encode(examples), labels_of(examples), votes_of(examples))
+        encoded = self._encode(examples)
+        return Domain(task.name, shift, encoded, encoded.labels, encoded.votes)
 
     def job(self, seed: int, samples: int) -> Job:
         """A job of this task; the seed also draws its training examples."""

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import UserError
-from benchmarks.finetune.cli import INTERRUPTED
-from benchmarks.finetune.hub import use_cache_without_network
+from benchmarks.finetune.cli import INTERRUPTED, use_cache_without_network
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.quality.settings import MAIN, SIZES, Settings, resolve
 

@@ -18,7 +18,7 @@ import torch
 import transformers
 from typer.testing import Result
 
-from benchmarks.finetune import evaluate, model, train
+from benchmarks.finetune import model, run, train
 from benchmarks.finetune.tasks import TASKS
 from ivon_kernels import IVON
 from tests.support.commands import command, ended_well, invoke, refused
@@ -235,7 +235,7 @@ def interrupt_after(calls: int, function: Any) -> Any:
     [
         ((train, "cross_entropy"), 3, [], {"adamw": 3}),
         ((train, "cross_entropy"), 6 + 4, ["AdamW"], {"adamw": 6, "ivon": 4}),
-        ((evaluate, "predict"), 3, ["AdamW", "IVON, mean"], {"adamw": 6, "ivon": 6}),
+        ((run.Job, "_predict"), 3, ["AdamW", "IVON, mean"], {"adamw": 6, "ivon": 6}),
     ],
     ids=["training AdamW", "training IVON", "evaluating a sample"],
 )

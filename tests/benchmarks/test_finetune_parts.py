@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks import UserError, tables
 from benchmarks.environment import write_record
-from benchmarks.finetune import data, evaluate, model, report, train
+from benchmarks.finetune import data, model, report, train
 from benchmarks.finetune.data import Example
 from benchmarks.finetune.settings import resolve
 from benchmarks.finetune.tasks import TASKS
@@ -141,9 +141,12 @@ def test_hub_tasks_choose_on_the_end_of_their_training_split(monkeypatch: pytest
     assert {e.prompt for e in found.train}.isdisjoint(e.prompt for e in found.test)
 
 
-def encoded(lengths: list[int], max_tokens: int = 320) -> data.EncodedExamples:
-    examples = [Example(" ".join(["x" * (i + 1)] * n), i % 3) for i, n in enumerate(lengths)]
+def of(examples: list[Example], max_tokens: int = 320) -> data.EncodedExamples:
     return data.EncodedExamples(examples, WordTokenizer(), max_tokens, torch.device("cpu"))
+
+
+def encoded(lengths: list[int]) -> data.EncodedExamples:
+    return of([Example(" ".join(["x" * (i + 1)] * n), i % 3) for i, n in enumerate(lengths)])
 
 
 def test_an_epoch_holds_every_example_once_and_the_seed_decides_its_order() -> None:
@@ -169,16 +172,16 @@ def test_batches_are_padded_on_the_right_and_know_the_last_token() -> None:
 
 
 def test_overlong_prompts_lose_their_beginning() -> None:
-    examples = data.EncodedExamples([Example("a bb ccc dddd", 0)], WordTokenizer(), 2, torch.device("cpu"))
+    examples = of([Example("a bb ccc dddd", 0)], max_tokens=2)
     assert next(examples.in_length_order(1)).input_ids.tolist() == [[3, 4]]
 
 
 def test_perfect_predictions_score_perfectly() -> None:
     unanimous = [(9, 0, 0), (0, 9, 0), (0, 0, 9)]
-    examples = [Example("", i % 3, unanimous[i % 3]) for i in range(30)]
+    examples = of([Example("", i % 3, unanimous[i % 3]) for i in range(30)])
     probabilities = torch.full((30, 3), 1e-9, dtype=torch.float64)
     probabilities[torch.arange(30), torch.arange(30) % 3] = 1 - 2e-9
-    scores = metrics.evaluate(probabilities, evaluate.labels_of(examples), evaluate.votes_of(examples))
+    scores = metrics.evaluate(probabilities, examples.labels, examples.votes)
     assert scores.accuracy == 1
     for value in (scores.nll, scores.ece, scores.brier, scores.vote_kl):
         assert value == pytest.approx(0, abs=1e-6)
@@ -188,9 +191,9 @@ def test_perfect_predictions_score_perfectly() -> None:
 def test_scores_of_one_confident_guess(classes: int) -> None:
     """70% for class 0 everywhere, right for half of the examples: every score is a line of arithmetic."""
     other = 0.3 / (classes - 1)
-    examples = [Example("", i % 2) for i in range(20)]
+    examples = of([Example("", i % 2) for i in range(20)])
     probabilities = torch.tensor([[0.7] + [other] * (classes - 1)] * 20, dtype=torch.float64)
-    scores = metrics.evaluate(probabilities, evaluate.labels_of(examples), evaluate.votes_of(examples))
+    scores = metrics.evaluate(probabilities, examples.labels, examples.votes)
     assert scores.accuracy == pytest.approx(0.5)
     assert scores.nll == pytest.approx(-(math.log(0.7) + math.log(other)) / 2)
     assert scores.ece == pytest.approx(0.2)
