@@ -4,43 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
 import statistics
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-import torch.distributed as dist
 from matplotlib import pyplot as plt
 from rich.console import Console
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
-import ivon_kernels
 from benchmarks import UserError
 from benchmarks.environment import environment
-from benchmarks.speed.clock import CpuClock
-from benchmarks.speed.contender import Step, reason
+from benchmarks.ranks import ADAMW, IVON, answer, turn_of, world
 from benchmarks.speed.measure import Row, progress, take_turns
 from benchmarks.speed.plots import BASELINE_COLOR, OUR_COLOR, save
 from benchmarks.speed.record import write_json
 from benchmarks.speed.report import form, show, written
 from benchmarks.speed.workloads import Workload, lora
+from ivon_kernels import available_backends
 
-IVON, ADAMW = "IVON: train() + step()", "AdamW (fused)"
 OPTIMIZERS = {IVON: OUR_COLOR, ADAMW: BASELINE_COLOR}
 WORKLOADS = (
     Workload("full", "full finetuning, 12 matrices of 2048x1024", ((2048, 1024),) * 12),
     Workload("llama-2-7b", "Llama-2-7B, LoRA r=8 on q, v", lora(32, 4096, 4096, 4096, 8)),
 )
-_BLOCK = 4  # steps of a turn; the first one, with the caches of the process before, is not counted
-_PATIENCE = timedelta(minutes=5)
 
 
 def run(*, worlds: Sequence[int], rounds: int, out: Path) -> list[dict[str, Any]]:
@@ -49,7 +36,7 @@ def run(*, worlds: Sequence[int], rounds: int, out: Path) -> list[dict[str, Any]
     A row is one workload, optimizer and world size, with ``ms`` (the slowest rank's median step) and ``share`` (its
     ratio to one rank's, median over the rounds, times the number of ranks: 1 is perfect).
     """
-    if missing := ivon_kernels.available_backends()["cpu"]:
+    if missing := available_backends()["cpu"]:
         raise UserError(f"the cpu backend is missing: {missing}")
     console = Console()
     rows: list[dict[str, Any]] = []
@@ -79,7 +66,7 @@ def _measure(workload: Workload, worlds: Sequence[int], rounds: int, after: Call
         def turn(number: int, done: int) -> dict[str, list[float]]:
             optimizer, size = entries[number]
             ranks = enumerate(groups[size])  # one after the other: never two at a time
-            times = [_answer(rank.submit(_turn, optimizer), index, size) for index, rank in ranks]
+            times = [answer(rank.submit(turn_of, optimizer), index, size) for index, rank in ranks]
             return {"step": [max(map(statistics.median, times))]}
 
         take_turns(rows, turn, rounds, after=after)
@@ -93,61 +80,6 @@ def _measure(workload: Workload, worlds: Sequence[int], rounds: int, after: Call
         what = {"workload": workload.title, "optimizer": optimizer, "ranks": size}
         found.append({**what, "ms": statistics.median(own), "share": ratio * size / alone})
     return found
-
-
-# ---- the ranks -------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def world(size: int, shapes: Sequence[tuple[int, ...]]) -> Iterator[list[ProcessPoolExecutor]]:
-    """The ranks of one process group, each a process of its own that steps when it is told to.
-
-    Every parameter is sharded over all ranks along its first dimension; `shapes` are those before.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="sharding-") as folder, contextlib.ExitStack() as stack:
-        ranks = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in range(size)]
-        joined = [rank.submit(_join, index, size, f"{folder}/store", shapes) for index, rank in enumerate(ranks)]
-        for index, future in enumerate(joined):
-            _answer(future, index, size)
-        yield ranks
-
-
-def _answer(future: Future[Any], rank: int, size: int) -> Any:
-    try:
-        return future.result()
-    except Exception as error:  # of a rank, whatever it is
-        raise UserError(f"rank {rank} of {size} failed: {reason(error)}") from error
-
-
-_steps: dict[str, Step] = {}  # of this process, where it is a rank
-
-
-def _join(rank: int, size: int, store: str, shapes: Sequence[tuple[int, ...]]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=_PATIENCE)
-    _steps.update({name: _build(name, shapes, size) for name in OPTIMIZERS})
-    for name in OPTIMIZERS:
-        _turn(name)
-
-
-def _turn(optimizer: str) -> list[float]:
-    """Milliseconds of each of a few steps of this rank, while all others wait."""
-    return CpuClock().wall_ms(_steps[optimizer], _BLOCK)[1:]
-
-
-def _build(name: str, shapes: Sequence[tuple[int, ...]], size: int) -> Step:
-    """An optimizer's step on parameters and gradients of its own."""
-    mesh = init_device_mesh("cpu", (size,))
-    params = []
-    for shape in shapes:
-        param = nn.Parameter(distribute_tensor(torch.rand(shape), mesh, [Shard(0)]))
-        param.grad = distribute_tensor(torch.rand(shape) * 0.01, mesh, [Shard(0)])
-        params.append(param)
-    if name == ADAMW:
-        return Step(torch.optim.AdamW(params, lr=1e-4, fused=True).step)
-    optimizer = ivon_kernels.IVON(params, lr=1e-4, ess=1e6, seed=0, backend="cpu")
-    return Step(optimizer.step, begin=optimizer.train)
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:

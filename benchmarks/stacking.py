@@ -117,11 +117,7 @@ def token_batch(setup: Setup, batch: int, tokens: int) -> Tensor:
 
 @torch.inference_mode()
 def check(setup: Setup, tokens: Tensor) -> float:
-    """Root mean square difference of stacked from separate probabilities, in units of the samples' spread.
-
-    Raises:
-        UserError: If it is more than rounding.
-    """
+    """Root mean square difference of stacked from separate probabilities, in samples' spreads; UserError if large."""
     expected = setup.logits(SEPARATE, tokens, None).double().softmax(-1)
     with setup.stack() as stack:
         found = setup.logits(STACKED, tokens, stack).double().softmax(-1)

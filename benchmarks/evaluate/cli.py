@@ -16,8 +16,7 @@ from benchmarks.finetune.settings import RUN, Settings
 from benchmarks.finetune.tasks import Task
 
 QUICK = {"samples": 4, "test_size": 40}
-OWN = ("split", "samples", "device", "out")
-"""What an evaluation does not take from the training."""
+OWN = ("split", "samples", "device", "out")  # what an evaluation does not take from the training
 
 
 def evaluate(
@@ -61,10 +60,8 @@ def evaluate(
 def resolve(*, folder: Path, task: str | None, quick: bool, **options: Any) -> tuple[Task, Settings]:
     """The task of the training, and the user's options over what the adapter's folder says about it.
 
-    An option of None keeps the training's value, and the recipe's for the samples.
-
-    Raises:
-        UserError: no adapter in the folder, an unknown name, a number out of range, or options that contradict.
+    An option of None keeps the training's value, and the recipe's for the samples. UserError where there is no adapter
+    in the folder, for an unknown name, a number out of range, and options that contradict.
     """
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"There is no adapter in {folder}: train one with python -m benchmarks finetune.")

@@ -26,12 +26,10 @@ from ivon_kernels.posterior import Posterior, PosteriorFileError, Sweep, predict
 from ivon_kernels.predict import metrics
 from ivon_kernels.report.page import report as write_page
 
-BATCH_SIZE = 12
-"""Sentences in a batch; with 10 samples in one pass these are 120 rows. Ctrl-C waits for the end of one."""
+BATCH_SIZE = 12  # sentences; with 10 samples in one pass these are 120 rows. Ctrl-C waits for the end of one
 TEMPERATURES = (0.1, 0.3, 1.0, 3.0, 10.0)
 FRACTIONS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
-DIAL_SAMPLES = 4
-"""Samples that the temperature is chosen by: they share their noise, so few tell temperatures apart."""
+DIAL_SAMPLES = 4  # that the temperature is chosen by: they share their noise, so few tell temperatures apart
 RECORD = "evaluate.json"
 
 

@@ -13,14 +13,11 @@ from benchmarks.tables import NOTHING
 from ivon_kernels.predict import metrics
 
 PACKAGES = ("torch", "transformers", "peft", "torchmetrics", "scikit-learn", "numpy", "ivon-kernels")
+# What every table has: the fields of `ivon_kernels.predict.metrics.Scores`, and their heads.
 SCORES = {"accuracy": "accuracy", "nll": "NLL", "ece": "ECE", "brier": "Brier"}
-"""What every table has: the fields of `ivon_kernels.predict.metrics.Scores`, and their heads."""
 OF_POSTERIORS = {**SCORES, "auroc_errors": "AUROC", "vote_cross_entropy": "votes"}
-
-Row = Mapping[str, Any]
-"""One way of predicting in a record: its `name`, its `scores`, and more."""
-Domain = Mapping[str, Any]
-"""Rows of an evaluation, with their `task`, whether it is under `shift`, how many `examples`, and `vote_entropy`."""
+Row = Mapping[str, Any]  # one way of predicting in a record: its `name`, its `scores`, and more
+Domain = Mapping[str, Any]  # `rows` of an evaluation, with their `task`, whether under `shift`, how many `examples`
 
 
 def scores_record(scores: metrics.Scores) -> dict[str, float | None]:

@@ -182,9 +182,6 @@ def last_word(example: data.Example) -> str:
 
 def progress_bars(console: Console) -> bars.Progress:
     """Bars with a field `note`, above which the console may print."""
-    description, note = bars.TextColumn("{task.description}"), bars.TextColumn("{task.fields[note]}")
-    how_far, times = (
-        (bars.BarColumn(), bars.MofNCompleteColumn()),
-        (bars.TimeElapsedColumn(), bars.TimeRemainingColumn()),
-    )
-    return bars.Progress(description, *how_far, note, *times, console=console)
+    how_far = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn())
+    more = (bars.TextColumn("{task.fields[note]}"), bars.TimeElapsedColumn(), bars.TimeRemainingColumn())
+    return bars.Progress(*how_far, *more, console=console)

@@ -13,18 +13,16 @@ from benchmarks.finetune.tasks import Recipe, Task, find_task
 
 OPTIMIZERS = {"both": ("adamw", "ivon"), "adamw": ("adamw",), "ivon": ("ivon",)}
 IVON_ONLY = ("ess", "hess_init", "clip_radius", "samples")
-RUN = "run.json"
-"""Beside an adapter: the settings it was trained with, which ``python -m benchmarks evaluate`` goes by."""
+RUN = "run.json"  # beside an adapter: the settings it was trained with, which the command `evaluate` goes by
 _COUNTS = ("steps", "batch_size", "train_size", "test_size", "max_words", "samples")
 _POSITIVE = ("lr", "adamw_lr", "ess", "hess_init", "clip_radius")
-_RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+_RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (  # of which fields, what they must be
     (_COUNTS, "at least 1", lambda value: value >= 1),
     (("samples",), f"at most {2**16}", lambda value: value <= 2**16),
     (_POSITIVE, "a positive number", lambda value: 0 < value < inf),
     (("weight_decay",), "zero or a positive number", lambda value: 0 <= value < inf),
     (("seed",), "between 0 and 2^63 - 1", lambda value: 0 <= value < 2**63),
 )
-"""Of which fields, what they must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +44,9 @@ class Settings(Recipe):
 
 
 def resolve(*, task: str, optimizer: str, lr: float | None = None, **options: Any) -> tuple[Task, Settings]:
-    """Lays the user's options over the task's recipe; None keeps the recipe's value, `lr` is the optimizer's.
+    """Lays the user's options over the task's recipe: None keeps the recipe's value, and `lr` is the optimizer's.
 
-    Raises:
-        UserError: an unknown name, a number out of range, or an option that would have no effect.
+    UserError for an unknown name, a number out of range, and an option that would have no effect.
     """
     found = find_task(task)
     if optimizer not in OPTIMIZERS:
