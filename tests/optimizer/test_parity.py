@@ -21,7 +21,7 @@ from torch import Tensor
 from ivon_kernels import IVON, noise
 from tests.support.helpers import fed_with_our_normals, parameters, relative_error, state, train, train_modes
 
-STEPS = 200
+SAMPLES = 200  # of a run: so many steps with one sample each, a quarter with four
 SEED = 20402
 SHAPES: tuple[tuple[tuple[int, ...], ...], ...] = (((5, 3), (7,)), ((2, 3, 4),))
 # The groups differ in everything that ivon-opt lets a group override.
@@ -56,12 +56,12 @@ CASES = [
 def run(
     cls: type[torch.optim.Optimizer], case: Case, dtype: torch.dtype, loop: Any = train, **options: Any
 ) -> dict[str, Tensor]:
-    """Trains 200 steps. Returns the whole trajectory of the mean and the last momentum and Hessian."""
+    """Trains on 200 samples. Returns the whole trajectory of the mean and the last momentum and Hessian."""
     params = parameters(*itertools.chain(*SHAPES), dtype=dtype)
     left = iter(params)
     groups = [{"params": [next(left) for _ in shapes], **extra} for shapes, extra in zip(SHAPES, GROUPS, strict=True)]
     optimizer = cls(groups, **case.options(), **options)
-    trajectory = loop(optimizer, params, STEPS, samples=case.mc_samples)
+    trajectory = loop(optimizer, params, SAMPLES // case.mc_samples, samples=case.mc_samples)
     return {"mean": torch.stack(trajectory), "momentum": state(optimizer, "momentum"), "hess": state(optimizer, "hess")}
 
 
