@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.speed.clock import clock
 from benchmarks.speed.contender import BASELINE, IVON_OPT, LARGE_STEPS, STEP, Contender
-from benchmarks.speed.lineup import ONE_LAUNCH, PLAIN, lineup, our_name
+from benchmarks.speed.peers import ONE_LAUNCH, PLAIN, lineup, our_name
 from benchmarks.speed.verify import Verifier
 from benchmarks.speed.workloads import DTYPES, WORKLOADS, Workload
 

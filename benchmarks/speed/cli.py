@@ -35,27 +35,20 @@ def speed(
     from benchmarks import UserError
     from benchmarks.speed.run import Options, run
 
-    try:
-        if min(threads, rounds, turn_ms, seconds, max_elements) <= 0:
-            raise UserError("--threads, --rounds, --turn-ms, --seconds and --max-elements must be positive")
-        options = Options(
-            parts=tuple(part.strip() for part in parts.split(",") if part.strip()),
-            device=device,
-            threads=threads,
-            rounds=min(rounds, 4) if quick else rounds,
-            turn_ms=min(turn_ms, 20.0) if quick else turn_ms,
-            seconds=min(seconds, 90.0) if quick else seconds,
-            max_elements=max_elements,
-            quick=quick,
-            compiling=compiling and not quick and not dry_run,
-            dry_run=dry_run,
-            report=report,
-        )
-        sound = run(options, out)
-    except UserError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
-    if not sound:
+    if min(threads, rounds, turn_ms, seconds, max_elements) <= 0:
+        raise UserError("--threads, --rounds, --turn-ms, --seconds and --max-elements must be positive")
+    options = Options(
+        device,
+        threads,
+        rounds=min(rounds, 4) if quick else rounds,
+        turn_ms=min(turn_ms, 20.0) if quick else turn_ms,
+        seconds=min(seconds, 90.0) if quick else seconds,
+        max_elements=max_elements,
+        quick=quick,
+        compiling=compiling and not quick and not dry_run,
+    )
+    chosen = [part.strip() for part in parts.split(",") if part.strip()]
+    if not run(options, chosen, out, dry_run=dry_run, with_report=report):
         raise typer.Exit(1)
 
 
@@ -75,15 +68,11 @@ def compare(
     from benchmarks.speed.compare import compare_records, print_comparison, refuse_unlike
     from benchmarks.speed.record import read
 
-    try:
-        if not 0 <= threshold < 1:
-            raise UserError("--threshold is a share, at least 0 and below 1: 0.05 is 5%")
-        before, after = read(old), read(new)
-        refuse_unlike(before, after)
-        comparison = compare_records(before, after, threshold)
-    except UserError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+    if not 0 <= threshold < 1:
+        raise UserError("--threshold is a share, at least 0 and below 1: 0.05 is 5%")
+    before, after = read(old), read(new)
+    refuse_unlike(before, after)
+    comparison = compare_records(before, after, threshold)
     print_comparison(Console(), comparison, before, after, everything=everything)
-    if comparison.regressions:
+    if len(comparison.regressions):
         raise typer.Exit(1)

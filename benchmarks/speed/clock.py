@@ -56,29 +56,27 @@ class CpuClock:
         """Milliseconds between two marks; the device must have finished."""
         return float(end - begin) * 1e3
 
+    def spent_ms(self, call: Callable[[], object], wait: bool = True) -> float:
+        """Time of a call on an idle device: with the device's work, or only until the call returns."""
+        self.synchronize()
+        begin = time.perf_counter()
+        call()
+        if wait:
+            self.synchronize()
+        return (time.perf_counter() - begin) * 1e3
+
     def wall_ms(self, step: Step, count: int) -> list[float]:
         """Time of a step, the device's work included, `count` times or for blocks of so many together."""
         times = []
         for _ in range(count):
             if step.before is not None:
                 step.before()
-            self.synchronize()
-            begin = time.perf_counter()
-            step.run()
-            self.synchronize()
-            times.append((time.perf_counter() - begin) * 1e3)
+            times.append(self.spent_ms(step.run))
         return times
-
-    def host_ms(self, call: Callable[[], object]) -> float:
-        """Time until a call returns, the device having nothing to do."""
-        self.synchronize()
-        begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e3
 
     def kernel_ms(self, call: Callable[[], object], host_ms: float) -> float:
         """Time on the device of one call, from its first kernel to the end of its last."""
-        return self.host_ms(call)
+        return self.spent_ms(call)
 
     def step_ms(self, step: Step, count: int) -> dict[str, list[float]]:
         """Times of a whole step, for each of `kinds`."""
@@ -113,7 +111,7 @@ class DryClock(CpuClock):
         return {**super().describe(), "name": "a dry run, whose figures mean nothing"}
 
     def step_ms(self, step: Step, count: int) -> dict[str, list[float]]:
-        host = [self.host_ms(step) for _ in range(count)]
+        host = [self.spent_ms(step, wait=False) for _ in range(count)]
         kernel = [self.kernel_ms(step, statistics.median(host)) for _ in range(count)]
         return {STEP: self.wall_ms(step, count), KERNEL: kernel, HOST: host}
 
@@ -137,20 +135,19 @@ class CudaClock(DryClock):
         if not torch.cuda.is_available():
             raise UserError("there is no CUDA device; --device cpu measures the processor, --dry-run tries the lines")
         self.device = torch.device("cuda", torch.cuda.current_device())
-        properties = torch.cuda.get_device_properties(self.device)
-        self._flush = torch.empty(4 * properties.L2_cache_size, dtype=torch.uint8, device=self.device)
+        self._about = torch.cuda.get_device_properties(self.device)
+        self._flush = torch.empty(4 * self._about.L2_cache_size, dtype=torch.uint8, device=self.device)
         cycles, sleep = 10_000_000, torch.cuda._sleep
         self._span(lambda: sleep(cycles))  # type: ignore[no-untyped-call]
         self._cycles_per_ms = cycles / self._span(lambda: sleep(cycles))  # type: ignore[no-untyped-call]
 
     def describe(self) -> dict[str, Any]:
-        properties = torch.cuda.get_device_properties(self.device)
         return {
             "kind": self.kind,
-            "name": properties.name,
-            "memory": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-            "l2": properties.L2_cache_size,
+            "name": self._about.name,
+            "memory": self._about.total_memory,
+            "multiprocessors": self._about.multi_processor_count,
+            "l2": self._about.L2_cache_size,
             "cuda": torch.version.cuda,
         }
 
@@ -177,15 +174,12 @@ class CudaClock(DryClock):
         if step.before is not None:
             return super().wall_ms(step, count)
         each = -(-count // _WALL_BLOCKS)
-        times = []
-        for _ in range(_WALL_BLOCKS):
-            self.synchronize()
-            begin = time.perf_counter()
+
+        def block() -> None:
             for _ in range(each):
                 step.run()
-            self.synchronize()
-            times.append((time.perf_counter() - begin) * 1e3 / each)
-        return times
+
+        return [self.spent_ms(block) / each for _ in range(_WALL_BLOCKS)]
 
     def kernel_ms(self, call: Callable[[], object], host_ms: float) -> float:
         self.synchronize()

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.environment import version
-from benchmarks.speed import traffic
 from ivon_kernels import available_backends
 
 Parameters = list[torch.nn.Parameter]
@@ -75,16 +74,55 @@ class Step:
 Build = Callable[[Parameters, Recipe], Step]
 
 
+class Traffic(NamedTuple):
+    """Values that one operation moves for every element of a parameter.
+
+    It reads each of its inputs once and writes each of its outputs once; what a cache or a register holds between two
+    operations (two launches, two calls) is not counted on, what one launch holds is.
+    """
+
+    weights: int  # in the parameter's dtype
+    grads: int  # in the gradient's dtype
+    state: int  # in float32
+    why: str
+    quantized: int = 0  # of one byte
+
+
+OPERATIONS = {
+    "sample": Traffic(2, 0, 2, "read weight (was it edited?), mean, hess; write weight"),
+    "sample, no check for edits": Traffic(1, 0, 2, "read mean, hess; write weight"),
+    "restore": Traffic(1, 0, 1, "read mean; write weight"),
+    "check": Traffic(0, 1, 0, "read grad (inf or nan?)"),
+    "step": Traffic(1, 1, 6, "read grad, mean, momentum, hess; write mean, momentum, hess, weight"),
+    "step and next sample": Traffic(1, 1, 6, "as step: the next sample comes from the new mean and hess in registers"),
+    "write noise": Traffic(0, 0, 1, "the cpu backend keeps a training sample's noise: drawing it again takes longer"),
+    "read noise": Traffic(0, 0, 1, "the cpu backend reads it again at the step"),
+    "clear sums": Traffic(0, 0, 2, "several samples: write the sums of g and g * noise"),
+    "accumulate": Traffic(0, 1, 4, "read grad and the two sums, write the sums"),
+    "read sums": Traffic(0, 0, 2, "read the two sums"),
+    "adamw": Traffic(6, 1, 0, "read weight, grad and two moments of the weight's dtype; write weight and moments"),
+    "kahan": Traffic(2, 0, 0, "read and write a compensation of the weight's dtype (16 bit only)"),
+    "adamw, 8-bit moments": Traffic(2, 1, 0, "read weight, grad and two bytes of moments; write weight and moments", 4),
+}
+
+
+def bytes_per_element(operations: tuple[str, ...], dtype: torch.dtype) -> int:
+    """Bytes that these of :data:`OPERATIONS` must move per element, with weights and gradients of `dtype`."""
+    parts = [OPERATIONS[name] for name in operations if name != "kahan" or dtype.itemsize < 4]
+    return sum(dtype.itemsize * (part.weights + part.grads) + 4 * part.state + part.quantized for part in parts)
+
+
 @dataclass(frozen=True)
 class Contender:
-    """A named way to do one thing; the package's docstring says how to add one."""
+    """A named way to do one thing."""
 
-    name: str
-    build: Build  # makes the optimizer
-    operations: tuple[str, ...] = ()  # keys of traffic.OPERATIONS
+    name: str  # as the tables show it, the version included where it matters
+    build: Build  # makes the optimizer of parameters that have gradients; imports of a peer belong in here
+    operations: tuple[str, ...] = ()  # what a step moves through memory
     quantity: str = STEP
-    package: str | None = None  # a peer's distribution
-    like_adamw: Callable[[Tensor, Tensor, Recipe], float] | None = None  # distance of weights in units of the allowed
+    package: str | None = None  # the distribution of a peer that may be missing
+    # The distance of weights from AdamW's after two steps, in units of the allowed, for those with its update.
+    like_adamw: Callable[[Tensor, Tensor, Recipe], float] | None = None
     backend: str | None = None  # of ivon_kernels, for ours
     expected: str = ""  # for ours: the mode in which the reference has its bits
     compiles: bool = False  # for longer than everything else takes: not in --quick
@@ -107,38 +145,35 @@ class Contender:
 
     def bytes_per_element(self, dtype: torch.dtype) -> int | None:
         """Bytes that must move per element; None where nobody counted."""
-        return traffic.bytes_per_element(self.operations, dtype) if self.operations else None
+        return bytes_per_element(self.operations, dtype) if self.operations else None
 
 
 def checkpoints(name: str, build: Build, **options: Any) -> list[Contender]:
-    """Contenders that save and load an optimizer's state, in memory: ``torch.save`` and ``torch.load``, with no disk.
-
-    Args:
-        name: Of the optimizer.
-        build: Gives its step.
-        **options: Further fields of the contenders.
-    """
+    """Contenders that save and load an optimizer's state, in memory: ``torch.save`` and ``torch.load``, with no disk."""
 
     def checkpoint(params: Parameters, recipe: Recipe, loads: bool) -> Step:
-        step = build(params, recipe)
-        optimizer, buffer = step.optimizer, io.BytesIO()
+        step, buffer = build(params, recipe), io.BytesIO()
         step()
 
         def save() -> None:
             buffer.seek(0)
-            torch.save(optimizer.state_dict(), buffer)
+            torch.save(step.optimizer.state_dict(), buffer)
 
         def saved() -> Any:
             buffer.seek(0)
             return torch.load(buffer, weights_only=False)
 
+        def load() -> None:
+            step.optimizer.load_state_dict(saved())
+
         def check() -> None:
-            pair = [[x for x in tree_leaves(s) if isinstance(x, Tensor)] for s in (saved(), optimizer.state_dict())]
+            states = (saved(), step.optimizer.state_dict())
+            pair = [[leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor)] for state in states]
             if len(pair[0]) != len(pair[1]) or not all(map(torch.equal, *pair)):
                 raise WrongError(f"what was {'loaded' if loads else 'saved'} is not the optimizer's state")
 
         save()
-        return Step((lambda: optimizer.load_state_dict(saved())) if loads else save, optimizer=optimizer, check=check)
+        return Step(load if loads else save, check=check)
 
     options = {"most_elements": 10_000_000, **options}
     return [

@@ -21,9 +21,8 @@ import torch
 
 from benchmarks.speed.clock import CpuClock
 from benchmarks.speed.contender import LARGE_STEPS, Build, Parameters, Step
-from benchmarks.speed.lineup import ONE_LAUNCH, ivon
-from benchmarks.speed.measure import Row, take_turns
-from benchmarks.speed.peers import adamw
+from benchmarks.speed.measure import Row, measurements, take_turns
+from benchmarks.speed.peers import ONE_LAUNCH, adamw, ivon, keep_gradients
 from benchmarks.speed.record import Measurement
 from benchmarks.speed.workloads import WORKLOADS, Workload
 from ivon_kernels import IVON, backends
@@ -33,6 +32,7 @@ from ivon_kernels.backends.cuda import CudaBackend
 PART, SAME, FRESH = "host", "host", "host, fresh gradients"
 TINY = tuple(workload for workload in WORKLOADS if workload.name.endswith("-tiny"))
 _SOURCE = Path(__file__).parents[2] / "csrc" / "cuda" / "launch.cu"
+_FLAGS = ("-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-DIVON_EMULATE", "-shared", "-fPIC")
 _WARM_UP = 5
 _SECONDS = 0.3  # for one contender's turn, where so many repeats would take longer
 
@@ -45,16 +45,7 @@ def _emulator(optimization: str) -> tuple[tempfile.TemporaryDirectory[str], Cuda
         raise RuntimeError("no C++ compiler was found, which makes the cuda backend's library for CPU tensors")
     folder = tempfile.TemporaryDirectory()
     library = f"{folder.name}/libivon_cuda_emulated.so"
-    flags = (
-        "-std=c++17",
-        optimization,
-        "-ffp-contract=off",
-        "-fvisibility=hidden",
-        "-DIVON_EMULATE",
-        "-shared",
-        "-fPIC",
-    )
-    command = (compiler, "-x", "c++", *flags, str(_SOURCE), "-o", library)
+    command = (compiler, "-x", "c++", optimization, *_FLAGS, str(_SOURCE), "-o", library)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"{compiler} could not compile {_SOURCE.name}: {result.stderr[:300]}")
@@ -65,11 +56,11 @@ def _emulator(optimization: str) -> tuple[tempfile.TemporaryDirectory[str], Cuda
 
 
 @contextlib.contextmanager
-def stub_launcher(optimization: str = "-O2") -> Iterator[None]:
+def stub_launcher(optimization: str) -> Iterator[None]:
     """The cuda backend takes CPU tensors, gathers and packs as on a GPU, and launches nothing.
 
     Args:
-        optimization: The compiler's flag; less is compiled in a fifth of the time.
+        optimization: The compiler's flag; ``-O0`` is compiled in a fifth of the time.
 
     Raises:
         RuntimeError: If no compiler makes such a library here.
@@ -113,12 +104,13 @@ def _times(step: Step, params: Parameters, repeats: int, fresh: bool) -> list[fl
 
     With `fresh` there are new gradient tensors every time, as after ``zero_grad()`` and a backward pass; else the same.
     """
-    grads = [param.grad for param in params]
+    put_back = keep_gradients(params)
 
     def renew() -> None:
-        for param, grad in zip(params, grads, strict=True):
-            assert grad is not None
-            param.grad = grad.clone()
+        put_back()
+        for param in params:
+            assert param.grad is not None
+            param.grad = param.grad.clone()
 
     clock, timed = CpuClock(), replace(step, before=renew if fresh else None)
     clock.wall_ms(timed, _WARM_UP)
@@ -126,13 +118,12 @@ def _times(step: Step, params: Parameters, repeats: int, fresh: bool) -> list[fl
     stop = time.perf_counter() + _SECONDS
     while len(times) < repeats and (not times or time.perf_counter() < stop):
         times += clock.wall_ms(timed, 1)
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = grad
+    put_back()
     return [1e3 * milliseconds for milliseconds in times]
 
 
 def _measure(workload: Workload, rounds: int, repeats: int, optimization: str) -> list[Measurement]:
-    rows = [Row(name, ours="stub launcher" in name) for name in CONTENDERS]
+    rows = [Row(name, ours="stub launcher" in name, quantities=(SAME,)) for name in CONTENDERS]
 
     def turn(number: int, done: int) -> dict[str, list[float]]:
         row = rows[number]
@@ -142,8 +133,7 @@ def _measure(workload: Workload, rounds: int, repeats: int, optimization: str) -
             return {SAME: _times(step, params, repeats, False), FRESH: _times(step, params, repeats, True)}
 
     take_turns(rows, turn, rounds)
-    place = (PART, workload.name, "float32")
-    return [row.measurement(place, q, "us") for row in rows for q in ((SAME,) if row.error else (SAME, FRESH))]
+    return measurements((PART, workload.name, "float32"), rows, "us")
 
 
 def measure(*, rounds: int, repeats: int, optimization: str = "-O2") -> list[Measurement]:

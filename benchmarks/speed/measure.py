@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.speed.contender import reason
+from benchmarks.speed.contender import BASELINE, STEP, reason
 from benchmarks.speed.record import Measurement
 
 Rounds = Sequence[Sequence[float]]  # the times of each round
@@ -45,12 +46,10 @@ class Timing(NamedTuple):
 
 def timing(times: Rounds, baseline: Rounds | None = None) -> Timing:
     """Summary of the times of one entry; those of a baseline are from the same rounds."""
-    values = [value for part in times for value in part]
-    deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
+    quantiles = np.quantile([value for part in times for value in part], (0.2, 0.5, 0.8)).tolist()
     rounds = [statistics.median(part) for part in times]
     ratios = [own / statistics.median(base) for own, base in zip(rounds, baseline or (), strict=False)]
-    middle = statistics.median(ratios) if ratios else None
-    return Timing(deciles[1], statistics.median(values), deciles[7], rounds, ratios, middle)
+    return Timing(*quantiles, rounds, ratios, statistics.median(ratios) if ratios else None)
 
 
 @dataclass
@@ -62,30 +61,9 @@ class Row:
     error: str | None = None  # why it was not measured
     failed: bool = False  # though it could run here
     turns: int = 1_000  # at most so many
+    quantities: Sequence[str] = ()  # those that are missing if it failed
     times: dict[str, list[list[float]]] = field(default_factory=dict)
     peaks: list[int] = field(default_factory=list)  # bytes
-
-    def measurement(
-        self,
-        place: tuple[str, str, str],
-        quantity: str,
-        unit: str,
-        baseline: tuple[str | None, Rounds | None] = (None, None),
-        **further: Any,
-    ) -> Measurement:
-        """What was found of one quantity, or why it was not.
-
-        Args:
-            place: Part, workload and dtype.
-            quantity: What was measured.
-            unit: Of its times.
-            baseline: Its name and times.
-            **further: Other fields.
-        """
-        if self.error is None:
-            further |= timing(self.times[quantity], baseline[1])._asdict() | {"baseline": baseline[0]}
-        name, ours, error = self.name, self.ours, self.error
-        return Measurement(*place, contender=name, ours=ours, quantity=quantity, unit=unit, error=error, **further)
 
 
 def take_turns(
@@ -120,12 +98,46 @@ def take_turns(
         after()
 
 
+def measurements(
+    place: tuple[str, str, str],
+    rows: Sequence[Row],
+    unit: str = "ms",
+    further: Callable[[Row, str, float | None], dict[str, Any]] = lambda row, quantity, median: {},
+) -> list[Measurement]:
+    """What was found of every quantity of every row, or why it was not.
+
+    The ratios are to the baseline's times of the same quantity, or of a whole step where it has none such.
+
+    Args:
+        place: Part, workload and dtype.
+        rows: After their turns.
+        unit: Of the times.
+        further: Other fields of a row's quantity, from its median time.
+    """
+    base = {q: times for row in rows if row.name == BASELINE and row.error is None for q, times in row.times.items()}
+    found = []
+    for row in rows:
+        for quantity in row.times if row.error is None else row.quantities:
+            fields: dict[str, Any] = {"error": row.error}
+            if row.error is None:
+                name = BASELINE if quantity in base else f"{BASELINE}, {STEP}"
+                fields |= timing(row.times[quantity], base.get(quantity, base.get(STEP)))._asdict()
+                fields |= {"baseline": name if base else None}
+            fields |= further(row, quantity, fields.get("p50"))
+            found.append(Measurement(*place, row.name, row.ours, quantity, unit, **fields))
+    return found
+
+
+class Found(NamedTuple):
+    """What a part measured of one workload, and what of ours was not right or failed, with the reason."""
+
+    measurements: list[Measurement]
+    wrong: dict[str, str]
+    copy_gbps: float | None = None
+    skipped: str = ""  # why nothing was measured
+
+
 def progress(console: Console) -> Progress:
     """A bar that goes away."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True)
-
-
-def wrong(rows: Iterable[Row]) -> dict[str, str]:
-    """What of ours failed though it could run, with the reason."""
-    return {row.name: row.error or "" for row in rows if row.ours and row.failed}

@@ -11,8 +11,7 @@ import gc
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,19 +21,17 @@ from benchmarks.environment import version
 from benchmarks.memory import PeakMemory
 from benchmarks.speed.clock import CpuClock
 from benchmarks.speed.contender import BASELINE, FOREACH, IVON_OPT, LORA, STEP, Contender
-from benchmarks.speed.lineup import ONE_LAUNCH, PLAIN, lineup
-from benchmarks.speed.measure import Row, take_turns, wrong
-from benchmarks.speed.record import Measurement
-from benchmarks.speed.verify import Verifier
-from benchmarks.speed.workloads import Given
+from benchmarks.speed.measure import Found, Row, measurements, take_turns
+from benchmarks.speed.peers import ONE_LAUNCH, PLAIN, lineup
+from benchmarks.speed.verify import Verifier, wrong
+from benchmarks.speed.workloads import Workload
 
 PART = "model"
 WHOLE, PASSES, OPTIMIZER = "whole step", "forward and backward", "optimizer"
 QUANTITIES = (WHOLE, PASSES, OPTIMIZER)
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A model to finetune and the size of a batch; the tokens are random, as the cost does not depend on them."""
 
     name: str
@@ -44,9 +41,7 @@ class Job:
     warm_up: int  # whole steps at the beginning of a turn that are not counted
 
 
-def _random_llama(
-    dtype: torch.dtype, rank: int, vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int
-) -> Callable[[torch.device], Any]:
+def _random_llama(dtype: torch.dtype, rank: int, vocabulary: int, **sizes: int) -> Callable[[torch.device], Any]:
     """A Llama with random weights and LoRA on q and v."""
 
     def build(device: torch.device) -> Any:
@@ -55,14 +50,9 @@ def _random_llama(
 
         with torch.device(device), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is renaming
-            config = transformers.LlamaConfig(
-                vocab_size=vocabulary,
-                hidden_size=hidden,
-                intermediate_size=intermediate,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=heads,
-                use_cache=False,
+            heads = sizes["num_attention_heads"]
+            config: Any = transformers.LlamaConfig(
+                vocab_size=vocabulary, num_key_value_heads=heads, use_cache=False, **sizes
             )
             base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
             lora = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["q_proj", "v_proj"])
@@ -79,10 +69,12 @@ def _smollm2(device: torch.device) -> Any:
     return add_lora(model, seed=0)
 
 
-LLAMA_2_7B = Job("llama-2-7b", _random_llama(torch.bfloat16, 8, 32000, 4096, 11008, 32, 32), 4, 320, warm_up=3)
+_LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+_TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA_2_7B = Job("llama-2-7b", _random_llama(torch.bfloat16, 8, 32000, **_LLAMA), 4, 320, warm_up=3)
 # No warm-up on a processor: a pass takes a second, whatever is in its caches.
 SMOLLM2 = Job("smollm2-135m", _smollm2, 8, 24, warm_up=0)
-TOY = Job("toy", _random_llama(torch.float32, 2, 64, 16, 32, 2, 2), 2, 8, warm_up=1)
+TOY = Job("toy", _random_llama(torch.float32, 2, 64, **_TINY), 2, 8, warm_up=1)
 
 
 def job_for(device: torch.device) -> Job:
@@ -135,10 +127,10 @@ class Problem:
         for param, gradient in zip(self.params, self.gradients, strict=True):
             param.grad = gradient.clone()
 
-    def tensors(self) -> Given:
+    def tensors(self) -> Workload:
         """Weights and gradients for the verification."""
         shapes = tuple(tuple(param.shape) for param in self.params)
-        return Given(self.job.name, "", shapes, tuple(zip(self._start, self.gradients, strict=True)))
+        return Workload(self.job.name, "", shapes, tuple(zip(self._start, self.gradients, strict=True)))
 
     def _fit(self) -> list[Tensor]:
         """The first batch's gradients; with checkpointing if the memory does not suffice without.
@@ -150,8 +142,7 @@ class Problem:
         try:
             self.loss(0).backward()
         except torch.OutOfMemoryError:
-            for param in self.params:
-                param.grad = None
+            self.model.zero_grad()
             torch.cuda.empty_cache()
             self.model.enable_input_require_grads()
             self.model.gradient_checkpointing_enable()
@@ -194,15 +185,6 @@ def _turn(contender: Contender, row: Row, problem: Problem, clock: CpuClock, num
     return {quantity: list(values) for quantity, values in zip(QUANTITIES, zip(*times, strict=True), strict=True)}
 
 
-@dataclass(frozen=True)
-class Found:
-    """A measurement of each of :data:`QUANTITIES` for each optimizer, or why there is none; what of ours was wrong."""
-
-    measurements: list[Measurement]
-    skipped: str = ""
-    wrong: dict[str, str] = field(default_factory=dict)
-
-
 def measure(
     job: Job,
     clock: CpuClock,
@@ -221,14 +203,17 @@ def measure(
         steps: Counted steps of a turn.
         enough_time: Asked before every round but the first.
         tick: Called `rounds` times for each optimizer.
+
+    Returns:
+        A measurement of each of :data:`QUANTITIES` for each optimizer, or why there is none.
     """
     for package in ("transformers", "peft"):
         if version(package) is None:
-            return Found([], f"{package} is not installed")
+            return Found([], {}, skipped=f"{package} is not installed")
     try:
         problem = Problem(job, clock.device)
     except UserError as error:
-        return Found([], str(error))
+        return Found([], {}, skipped=str(error))
     verifier = Verifier(problem.tensors(), problem.params[0].dtype, clock.device, problem.elements, LORA)
     chosen = contenders(clock.device)
     rows = verifier.rows(chosen, Contender.missing)
@@ -243,13 +228,13 @@ def measure(
         gc.collect()
         tick()
 
+    def further(row: Row, quantity: str, median: float | None) -> dict[str, Any]:
+        """The peak, the model included, is the whole step's."""
+        known = row.peaks and quantity == WHOLE
+        return {"peak_bytes_per_element": max(row.peaks) / problem.elements if known else None}
+
     take_turns(rows, turn, rounds, enough_time=enough_time, after=after)
-    place = (PART, f"{job.name} finetuning step", problem.dtype)
-    measured = []
     for row in rows:
-        for quantity in QUANTITIES:
-            base = (BASELINE, rows[0].times[quantity]) if rows[0].error is None else (None, None)
-            # The peak, the model included, is the whole step's.
-            peak = max(row.peaks) / problem.elements if row.peaks and quantity == WHOLE else None
-            measured.append(row.measurement(place, quantity, "ms", base, peak_bytes_per_element=peak))
-    return Found(measured, wrong=wrong(rows))
+        row.quantities = QUANTITIES
+    place = (PART, f"{job.name} finetuning step", problem.dtype)
+    return Found(measurements(place, rows, further=further), wrong(chosen, rows))

@@ -1,21 +1,27 @@
-"""What a user could pick instead: one table."""
+"""Who takes part: what a user could pick instead, one table, and every backend of ours in every mode.
+
+A new peer is a new row of :func:`peers`: tables, plots, record and report show what is in it. A peer that is missing,
+broken or wrong is a row with its reason. What is not torch's is imported when it is built.
+"""
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.speed import equations
 from benchmarks.speed.contender import (
     BASELINE,
     FOREACH,
     IVON_OPT,
+    STEP,
     Build,
     Contender,
     Parameters,
@@ -24,6 +30,27 @@ from benchmarks.speed.contender import (
     checkpoints,
     nothing,
 )
+from ivon_kernels import IVON, available_backends, noise
+from ivon_kernels.backends.reference import draw_weights, update
+from ivon_kernels.hyperparameters import StepScalars, group_scalars
+
+PLAIN, ONE_LAUNCH, CONTEXT, FOUR = "sample + step", "step with next sample", "context + step", "4 samples + step"
+SAMPLE, UPDATE, RESTORE, EVALUATION = "sample", "update", "restore", "evaluation sample"
+_EVALUATED = 7  # the number of the evaluation sample
+
+
+def keep_gradients(params: Parameters) -> Callable[[], None]:
+    """Gives the parameters the gradients that they have now, for optimizers that take them away."""
+    grads = [param.grad for param in params]
+
+    def put() -> None:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+
+    return put
+
+
+# ---- the peers -------------------------------------------------------------------------------------------------------
 
 
 def rounding(actual: Tensor, expected: Tensor, recipe: Recipe) -> float:
@@ -47,7 +74,7 @@ def similar(actual: Tensor, expected: Tensor, recipe: Recipe) -> float:
 
 
 def adamw(place: str, prepare: Callable[[Any], object] = lambda optimizer: None, **options: Any) -> Build:
-    """A class with AdamW's arguments, imported when it is needed: a broken peer is a row with its reason."""
+    """A class with AdamW's arguments, by its module and name."""
 
     def build(params: Parameters, recipe: Recipe) -> Step:
         module, name = place.split(":")
@@ -56,17 +83,6 @@ def adamw(place: str, prepare: Callable[[Any], object] = lambda optimizer: None,
         return Step(optimizer.step, optimizer=optimizer)
 
     return build
-
-
-def keep_gradients(params: Parameters) -> Callable[[], None]:
-    """Gives the parameters the gradients that they have now, for optimizers that take them away."""
-    grads = [param.grad for param in params]
-
-    def put() -> None:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-
-    return put
 
 
 def _heavyball(compiled: bool) -> Build:
@@ -111,12 +127,59 @@ def _ivon_opt(samples: int = 1, evaluation: bool = False) -> Build:
     return build
 
 
-def peers(device: torch.device) -> list[Contender]:
-    """All of them. On the CPU HeavyBall compiles for more than a minute for 128 tensors, so it runs uncompiled there.
+def equation_normals(like: Tensor, count: Tensor) -> Tensor:
+    """:func:`ivon_kernels.noise.normals` of a step, an int64 scalar on the device: a number would compile every step."""
+    block = torch.arange((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
+    zeros = torch.zeros_like(block)
+    words = noise.philox4x32(torch.stack((block, zeros, zeros + count, zeros), dim=-1), (0, 0)).unbind(-1)
+    return torch.stack((*noise.box_muller(*words[:2]), *noise.box_muller(*words[2:])), dim=-1).flatten()[: like.numel()]
 
-    Args:
-        device: Some have other kernels, or another name, on a GPU.
+
+def _equation_sample(param: Tensor, mean: Tensor, hess: Tensor, count: Tensor, k: StepScalars) -> None:
+    param.copy_(draw_weights(mean, hess, equation_normals(mean, count), k))
+
+
+def _equation_update(param: Tensor, grad: Tensor, state: Sequence[Tensor], count: Tensor, k: StepScalars) -> None:
+    mean, momentum, hess = state
+    g = grad.to(mean.dtype)
+    new = update(g, g * equation_normals(mean, count), mean, momentum, hess, k)
+    for old, value in zip((*state, param), (*new, new[0]), strict=True):
+        old.copy_(value)
+
+
+@cache
+def _compiled() -> tuple[Callable[..., None], ...]:
+    return tuple(torch.compile(function, dynamic=True) for function in (_equation_sample, _equation_update))
+
+
+def _equations(params: Parameters, recipe: Recipe) -> Step:
+    """IVON without a kernel: what torch.compile makes of the functions of `backends/reference.py`.
+
+    They run over one flat tensor, which takes the parameters' memory. That flatters them: one tensor instead of
+    hundreds, no bookkeeping, no check for edits or for inf and nan, no bias correction. The bits are not ours: the
+    compiler contracts and approximates.
     """
+    sample, update_ = _compiled()
+    k = group_scalars(IVON(params, **recipe.ivon).defaults, 1.0, 1)
+    flat = torch.cat([param.detach().flatten() for param in params])
+    grad = torch.cat([param.grad.flatten() for param in params if param.grad is not None])
+    for param in params:  # the flat copies replace them
+        param.data, param.grad = param.data.new_empty(0), None
+    mean = flat.to(torch.float32, copy=True)
+    state = (mean, torch.zeros_like(mean), torch.full_like(mean, recipe.ivon["hess_init"]))
+    count = torch.zeros((), dtype=torch.int64, device=mean.device)
+
+    @torch.no_grad()
+    def step() -> None:
+        sample(flat, mean, state[2], count, k)
+        update_(flat, grad, state, count, k)
+        count.add_(1)
+
+    return Step(step, tensors=lambda: [flat])
+
+
+def peers(device: torch.device) -> list[Contender]:
+    """All of them; some have other kernels, or another name, on a GPU."""
     gpu = device.type == "cuda"
     fused = adamw("torch.optim:AdamW", fused=True)
     loop = adamw("torch.optim:AdamW", foreach=False, fused=False)
@@ -126,10 +189,10 @@ def peers(device: torch.device) -> list[Contender]:
     exact: dict[str, Any] = {"like_adamw": rounding}
     near: dict[str, Any] = {"like_adamw": similar}
     ivon: dict[str, Any] = {"package": "ivon-opt", "bytes_needed": 80}
-    once: dict[str, Any] = {**ivon, "quantity": "evaluation sample"}
+    compiled: dict[str, Any] = {"compiles": not gpu, "most_elements": 5_000_000}
+    # On the CPU it compiles for more than a minute for 128 tensors.
     heavyball = f"HeavyBall AdamW{'' if gpu else ' (not compiled)'}"
     optimi = adamw("optimi:AdamW", triton=gpu)
-    compiled: dict[str, Any] = {"compiles": not gpu, "most_elements": 5_000_000}
     bitsandbytes, torchao = adamw("bitsandbytes.optim:AdamW8bit"), adamw("torchao.optim:AdamW8bit")
     return [
         Contender(BASELINE, fused, moments, **exact),
@@ -142,11 +205,119 @@ def peers(device: torch.device) -> list[Contender]:
         Contender(heavyball, _heavyball(gpu), moments, package="heavyball", compiles=gpu, **near),
         Contender(IVON_OPT, _ivon_opt(), (*unchecked, "step"), **ivon),
         Contender(f"{IVON_OPT}, 4 samples", _ivon_opt(4), four, **ivon),
-        Contender(IVON_OPT, _ivon_opt(evaluation=True), (*unchecked, "restore"), **once),
+        Contender(IVON_OPT, _ivon_opt(evaluation=True), (*unchecked, "restore"), EVALUATION, **ivon),
         *checkpoints(IVON_OPT, _ivon_opt(), **ivon),
         Contender(f"optimi AdamW{' (triton)' * gpu}", optimi, ("adamw", "kahan"), package="torch-optimi", **exact),
-        Contender("IVON equations, torch.compile", equations.build, (*unchecked, "step"), **compiled),
+        Contender("IVON equations, torch.compile", _equations, (*unchecked, "step"), **compiled),
         # It interpolates weights: its update is not AdamW's.
         Contender("schedule-free AdamW", schedule_free, moments, package="schedulefree"),
         Contender("torchao AdamW8bit", torchao, eight_bits, package="torchao", compiles=True, **near),
     ]
+
+
+# ---- ours ------------------------------------------------------------------------------------------------------------
+
+Steps = Callable[[IVON, Parameters], Step]
+
+
+class Mode(NamedTuple):
+    """A way to use the optimizer."""
+
+    steps: Steps
+    operations: tuple[str, ...]
+    expected: str  # the mode in which the reference backend has the same bits
+
+
+def _plain(optimizer: IVON, params: Parameters) -> Step:
+    """``train()`` and ``step()``; with `sample_in_step` the step draws the next sample, and ``train()`` is free."""
+    return Step(optimizer.step, begin=optimizer.train, optimizer=optimizer)
+
+
+def _context(optimizer: IVON, params: Parameters) -> Step:
+    def begin() -> None:
+        with optimizer.sampled_params(train=True):
+            pass
+
+    return Step(optimizer.step, begin=begin, optimizer=optimizer)
+
+
+def _four(optimizer: IVON, params: Parameters) -> Step:
+    """Four Monte-Carlo samples, each with the same gradient."""
+    put_back = keep_gradients(params)
+
+    def begin() -> None:
+        for _ in range(4):
+            optimizer.next_sample()  # takes the gradients of the one before away
+            put_back()
+
+    return Step(optimizer.step, begin=begin, optimizer=optimizer)
+
+
+def _method(run: str, before: str) -> Steps:
+    """One of the optimizer's methods, after another one that is not timed."""
+    return lambda optimizer, _: Step(getattr(optimizer, run), before=getattr(optimizer, before), optimizer=optimizer)
+
+
+def _evaluation(optimizer: IVON, params: Parameters) -> Step:
+    """An evaluation sample that is put into the weights and taken out again."""
+
+    def weights(read: bool) -> list[Tensor]:
+        with optimizer.sampled_params(sample=_EVALUATED):
+            return [param.detach().clone() for param in params] if read else []
+
+    return Step(lambda: weights(False), optimizer=optimizer, tensors=lambda: weights(True))
+
+
+_SAMPLE, _STEP = ("sample", "write noise"), ("check", "read noise", "step")
+_FOUR = (*_SAMPLE * 4, "clear sums", *("check", "read noise", "accumulate") * 3, *_STEP, "read sums")
+MODES = {
+    PLAIN: Mode(_plain, (*_SAMPLE, *_STEP), PLAIN),
+    ONE_LAUNCH: Mode(_plain, ("check", "read noise", "step and next sample", "write noise"), PLAIN),
+    FOUR: Mode(_four, _FOUR, FOUR),
+    CONTEXT: Mode(_context, (*_SAMPLE, "restore", *_STEP), PLAIN),
+    SAMPLE: Mode(_method("train", before="discard_samples"), _SAMPLE, SAMPLE),
+    UPDATE: Mode(_method("step", before="train"), _STEP, PLAIN),
+    RESTORE: Mode(_method("eval", before="train"), ("restore",), SAMPLE),
+    EVALUATION: Mode(_evaluation, ("sample", "restore"), EVALUATION),
+}
+
+
+def our_name(backend: str, mode: str) -> str:
+    """The name of one of our contenders."""
+    return f"ivon_kernels {backend}, {mode}"
+
+
+def ivon(backend: str, mode: str = PLAIN, steps: Steps | None = None) -> Build:
+    """A backend's optimizer, and the step of a mode or the one that `steps` makes of it."""
+
+    def build(params: Parameters, recipe: Recipe) -> Step:
+        optimizer = IVON(params, **recipe.ivon, seed=0, backend=backend, sample_in_step=mode == ONE_LAUNCH)
+        return (steps or MODES[mode].steps)(optimizer, params)
+
+    return build
+
+
+def _backend(backend: str, main: bool) -> list[Contender]:
+    """A backend's step in every mode; of the main one also what its step is made of, and its checkpoints."""
+    found = []
+    for mode, (_, operations, expected) in list(MODES.items())[: None if main else 3]:
+        part = mode in (SAMPLE, UPDATE, RESTORE, EVALUATION)
+        name, quantity = (our_name(backend, PLAIN), mode) if part else (our_name(backend, mode), STEP)
+        # The cpu backend keeps the noise of a training sample, the GPU's draw it again.
+        moved = tuple(name for name in operations if backend == "cpu" or not name.endswith(" noise"))
+        found.append(Contender(name, ivon(backend, mode), moved, quantity, backend=backend, expected=expected))
+    return found + (checkpoints(our_name(backend, PLAIN), ivon(backend), backend=backend) if main else [])
+
+
+def lineup(device: torch.device) -> Sequence[Contender]:
+    """Everything that is measured on the device; the first one is the baseline of the ratios."""
+    others = peers(device)
+    if device.type == "cpu":
+        backends, main = ("cpu", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("cpu",), "cpu"
+    else:
+        backends, main = ("triton", "cuda"), "triton" if available_backends()["cuda"] else "cuda"  # of `backend=None`
+    ours = [contender for backend in backends for contender in _backend(backend, backend == main)]
+    # It takes seconds for a step of a few million elements on a CPU.
+    slow: dict[str, Any] = {"turns": 1, "most_elements": 5_000_000, "bytes_needed": 250}
+    eager = Contender("ivon_kernels reference, eager", ivon("reference"), ("sample", "check", "step"), **slow)
+    return (others[0], *ours, eager, *others[1:])

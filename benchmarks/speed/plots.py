@@ -16,9 +16,8 @@ from matplotlib.lines import Line2D
 
 from benchmarks.speed import steps
 from benchmarks.speed.clock import KERNEL
-from benchmarks.speed.contender import BASELINE, IVON_OPT, STEP
+from benchmarks.speed.contender import BASELINE, IVON_OPT, STEP, bytes_per_element
 from benchmarks.speed.record import Record
-from benchmarks.speed.traffic import bytes_per_element
 from benchmarks.speed.workloads import DTYPES, short
 
 OUR_COLOR, PEER_COLOR, BASELINE_COLOR = "#dd8452", "#9aa5b1", "#4c72b0"
@@ -36,9 +35,6 @@ def save(figure: Any, path: Path, dpi: int = 130) -> None:
     """Writes a picture and forgets it."""
     figure.savefig(path, dpi=dpi)
     plt.close(figure)
-
-
-# ---- the steps against AdamW's ---------------------------------------------------------------------------------------
 
 
 def speed(path: Path, record: Record) -> None:
@@ -73,28 +69,21 @@ def speed(path: Path, record: Record) -> None:
 
 def _bars(axis: Any, full: pd.DataFrame, half: pd.DataFrame) -> None:
     places = range(len(full))
-    colors = [
-        BASELINE_COLOR if m.Index == BASELINE else OUR_COLOR if m.ours is True else PEER_COLOR
-        for m in full.itertuples()
-    ]
+    colors = [PEER_COLOR if ours is not True else OUR_COLOR for ours in full.ours]
+    colors[list(full.index).index(BASELINE)] = BASELINE_COLOR
     axis.barh(places, full.ratio.fillna(0), color=colors, height=0.75)
     axis.plot(half.ratio.where(full.ratio.notna()), places, "ko", markersize=3.5)
     both = pd.concat([full.ratio, half.ratio], axis=1)
+    label: dict[str, Any] = {"fontsize": 7.5, "va": "center", "textcoords": "offset points", "bbox": _WHITE}
     for place, ratio, end in zip(places, full.ratio, both.max(axis=1), strict=True):
         if ratio > 0:
-            text = f"{ratio:.2g}x" if ratio < 100 else f"{ratio:.0f}x"
-            axis.annotate(
-                text, (end, place), (5, 0), fontsize=7.5, va="center", textcoords="offset points", bbox=_WHITE
-            )
+            axis.annotate(f"{ratio:.2g}x" if ratio < 100 else f"{ratio:.0f}x", (end, place), (5, 0), **label)
     axis.axvline(1.0, color=BASELINE_COLOR, linewidth=1, linestyle="--")
     axis.set_xscale("log")
     axis.set_xlim(min(0.2, 0.8 * both.min(axis=None)), 3 * both.max(axis=None))
     axis.set_yticks(places, full.index, fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-# ---- lines -----------------------------------------------------------------------------------------------------------
 
 
 def _lines(
@@ -115,13 +104,8 @@ def _lines(
         width = 1.8 if name in (BASELINE, IVON_OPT) or own else 1.0
         of = points[points.contender == name].sort_values("x")
         if len(of):
-            style: dict[str, Any] = {
-                "color": color,
-                "linewidth": width,
-                "marker": "o" if own else "s",
-                "linestyle": linestyle,
-            }
-            axis.plot(of.x, of.y, label=name, markersize=5, **style)
+            style: dict[str, Any] = {"color": color, "linewidth": width, "linestyle": linestyle, "markersize": 5}
+            axis.plot(of.x, of.y, label=name, marker="o" if own else "s", **style)
     for copied in record.copy_gbps.values():
         roof(axis, copied)
     axis.set(xscale="log", yscale="log", xlabel=labels[0], ylabel=labels[1])

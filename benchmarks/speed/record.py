@@ -14,7 +14,6 @@ from benchmarks import UserError
 
 SCHEMA = 1
 FILE = "speed.json"
-_DIGITS = 8  # of a figure in a file
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Measurement:
 
 KEY = ["workload", "dtype", "contender", "quantity"]
 _FIELDS = (*KEY, "part", "ours", "unit")
+_FIGURES = ["p20", "p50", "p80", "ratio", "bytes_per_element", "gbps", "copy_share", "peak_bytes_per_element"]
 
 
 @dataclass
@@ -69,9 +69,8 @@ class Record:
         """The measurements as rows, with `tensors` and `elements` of their workloads where it is known."""
         rows = pd.DataFrame([vars(m) for m in self.measurements], columns=list(Measurement.__dataclass_fields__))
         about = pd.DataFrame(self.workloads.values(), list(self.workloads), ["tensors", "elements"]).astype(float)
-        figures = ["p20", "p50", "p80", "ratio", "bytes_per_element", "gbps", "copy_share", "peak_bytes_per_element"]
         # Text as objects: a column of nothing but None would be of numbers, which cannot be joined to text.
-        kinds = {name: float if name in figures else object for name in rows} | {"ours": bool}
+        kinds = {name: float if name in _FIGURES else object for name in rows} | {"ours": bool}
         return rows.astype(kinds).join(about, on="workload")
 
     def measured(self, part: str | None = None) -> pd.DataFrame:
@@ -82,13 +81,7 @@ class Record:
     def replace_part(
         self, part: str, measurements: Iterable[Measurement], left_out: Iterable[tuple[str, str]] = ()
     ) -> None:
-        """What a part measured, in place of what it had measured before.
-
-        Args:
-            part: Its name.
-            measurements: All of its measurements.
-            left_out: What it did not measure, and why.
-        """
+        """What a part measured, and what it left out and why, in place of what it had measured before."""
         self.measurements = [m for m in self.measurements if m.part != part] + list(measurements)
         self.left_out = [row for row in self.left_out if row["part"] != part]
         self.left_out += [{"part": part, "what": what, "why": why} for what, why in left_out]
@@ -96,33 +89,24 @@ class Record:
     def write(self, out: Path) -> None:
         """As `speed.json`, without the fields of a measurement that say nothing."""
         kept = [{key: value for key, value in vars(m).items() if value not in (None, ())} for m in self.measurements]
-        content = {**asdict(self), "measurements": kept}
-        write_json(out / FILE, {"schema": SCHEMA, **{key: content[key] for key in content if key != "path"}})
+        content = {"schema": SCHEMA, **asdict(self), "measurements": kept}
+        del content["path"]
+        write_json(out / FILE, content)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """One line for each entry, and for each row of a list of rows; figures with eight digits."""
+    rounded = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.8g}"))
     lines = []
-    for key, value in record.items():
-        rows = value if isinstance(value, list) and value and isinstance(value[0], dict) else None
-        text = json.dumps(_rounded(value)) if rows is None else ",\n  ".join(json.dumps(_rounded(row)) for row in rows)
-        lines.append(f"{json.dumps(key)}: " + (text if rows is None else f"[\n  {text}\n]"))
+    for key, value in rounded.items():
+        rows = isinstance(value, list) and value and isinstance(value[0], dict)
+        text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n]" if rows else json.dumps(value)
+        lines.append(f"{json.dumps(key)}: {text}")
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
-
-
 def read(path: Path) -> Record:
-    """Reads a record.
-
-    Args:
-        path: A `speed.json`.
+    """Reads a record, a `speed.json`.
 
     Raises:
         UserError: The file is missing, is no record of the suite, or is one of another schema.

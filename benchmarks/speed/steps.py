@@ -5,32 +5,24 @@ from __future__ import annotations
 import contextlib
 import gc
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from benchmarks.memory import PeakMemory, forget_peak, resident
 from benchmarks.speed.clock import CpuClock
-from benchmarks.speed.contender import BASELINE, LARGE_STEPS, STEP, Contender
-from benchmarks.speed.lineup import PLAIN, ivon, our_name
-from benchmarks.speed.measure import Budget, Rounds, Row, take_turns
+from benchmarks.speed.contender import LARGE_STEPS, STEP, Contender
+from benchmarks.speed.measure import Budget, Found, Row, measurements, take_turns
+from benchmarks.speed.peers import PLAIN, ivon, our_name
 from benchmarks.speed.record import Measurement
-from benchmarks.speed.verify import Verifier
+from benchmarks.speed.verify import Verifier, wrong
 from benchmarks.speed.workloads import DTYPES, Workload
 
 PART = "steps"
 STATE, GROWTH = "state", "growth of the resident set in a step"
 _MOST_CALLS = 100  # of a contender in a turn
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What was measured on one workload, and what of ours was not right or failed."""
-
-    measurements: list[Measurement]
-    copy_gbps: float
-    wrong: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -44,20 +36,20 @@ class Comparer:
     skip: Callable[[Contender, Workload], str | None] = lambda contender, workload: None  # why one shall not run
     tick: Callable[[], None] = lambda: None  # called after every turn, and for those that did not come about
 
-    def __call__(self, workload: Workload, dtype_name: str, budget: Budget) -> Comparison:
+    def __call__(self, workload: Workload, dtype_name: str, budget: Budget) -> Found:
         """One row for each quantity of each contender, or one that says why there is none."""
         try:
             return self._compare(workload, dtype_name, budget)
         finally:
             gc.unfreeze()  # what _clean froze
 
-    def _compare(self, workload: Workload, dtype_name: str, budget: Budget) -> Comparison:
-        dtype = DTYPES[dtype_name]
-        verifier = Verifier(workload, dtype, self.clock.device, self.clock.reference_elements)
+    def _compare(self, workload: Workload, dtype_name: str, budget: Budget) -> Found:
+        clock, dtype = self.clock, DTYPES[dtype_name]
+        verifier = Verifier(workload, dtype, clock.device, clock.reference_elements)
         rows = verifier.rows(self.contenders, lambda contender: self._unable(contender, workload), self._clean)
         del verifier
         self._clean()
-        copied = self.clock.copy_gbps()
+        copied = clock.copy_gbps()
 
         def turn(number: int, done: int) -> dict[str, list[float]]:
             try:
@@ -65,12 +57,22 @@ class Comparer:
             finally:
                 self._clean()
 
+        moved = {id(row): c.bytes_per_element(dtype) for c, row in zip(self.contenders, rows, strict=True)}
+
+        def further(row: Row, quantity: str, median: float | None) -> dict[str, Any]:
+            """What moves: of a whole step in one of its kinds."""
+            if median is None:
+                return {"bytes_per_element": moved[id(row)]}
+            moving = moved[id(row)] if quantity == (clock.moving if STEP in row.quantities else quantity) else None
+            gbps = None if moving is None else moving * workload.elements / median / 1e6
+            share = None if gbps is None else gbps / copied
+            peak = statistics.median(row.peaks) / workload.elements if row.peaks and quantity == STEP else None
+            figures = {"bytes_per_element": moving, "gbps": gbps, "copy_share": share}
+            return {**figures, "peak_bytes_per_element": peak}
+
         take_turns(rows, turn, self.rounds, enough_time=budget.left, after=self.tick)
-        pairs = list(zip(self.contenders, rows, strict=True))
-        base = {q: times for row in rows if row.name == BASELINE and not row.error for q, times in row.times.items()}
-        wrong = {_name(contender): row.error or "" for contender, row in pairs if row.ours and row.failed}
-        measured = [m for pair in pairs for m in self._measurements(*pair, base, workload, dtype_name, copied)]
-        return Comparison(measured, copied, wrong)
+        found = measurements((PART, workload.name, dtype_name), rows, further=further)
+        return Found(found, wrong(self.contenders, rows), copied)
 
     def _unable(self, contender: Contender, workload: Workload) -> str | None:
         """Why a contender does not run on a workload."""
@@ -106,48 +108,9 @@ class Comparer:
         if len(clock.kinds) == 1 and once[0] >= self.turn_ms:
             return {contender.quantity: once}
         count = max(clock.least, min(_MOST_CALLS, int(self.turn_ms / len(clock.kinds) / max(once[0], 1e-6))))
-        return (
-            clock.step_ms(step, count)
-            if contender.quantity == STEP
-            else {contender.quantity: clock.wall_ms(step, count)}
-        )
-
-    def _measurements(
-        self,
-        contender: Contender,
-        row: Row,
-        base: Mapping[str, Rounds],
-        workload: Workload,
-        dtype_name: str,
-        copied: float,
-    ) -> list[Measurement]:
-        place = (PART, workload.name, dtype_name)
-        moved = contender.bytes_per_element(DTYPES[dtype_name])
-        if row.error is not None:
-            return [row.measurement(place, contender.quantity, "ms", bytes_per_element=moved)]
-        found = []
-        for quantity, times in row.times.items():
-            # The baseline's times of the same quantity, or of a whole step where it has none such.
-            name = BASELINE if quantity in base else f"{BASELINE}, {STEP}"
-            baseline = (name, base.get(quantity, base.get(STEP))) if base else (None, None)
-            whole = contender.quantity == STEP
-            moving = moved if quantity == (self.clock.moving if whole else contender.quantity) else None
-            median = statistics.median([value for part in times for value in part])
-            gbps = None if moving is None else moving * workload.elements / median / 1e6
-            further = {
-                "bytes_per_element": moving,
-                "gbps": gbps,
-                "copy_share": None if gbps is None else gbps / copied,
-                "peak_bytes_per_element": statistics.median(row.peaks) / workload.elements
-                if row.peaks and quantity == STEP
-                else None,
-            }
-            found.append(row.measurement(place, quantity, "ms", baseline, **further))
-        return found
-
-
-def _name(contender: Contender) -> str:
-    return contender.name if contender.quantity == STEP else f"{contender.name}: {contender.quantity}"
+        if contender.quantity == STEP:
+            return clock.step_ms(step, count)
+        return {contender.quantity: clock.wall_ms(step, count)}
 
 
 def state_memory(workload: Workload) -> list[Measurement]:

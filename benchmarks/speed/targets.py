@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from benchmarks.speed import host, model, steps, traffic
-from benchmarks.speed.contender import BASELINE, IVON_OPT
-from benchmarks.speed.lineup import ONE_LAUNCH, PLAIN
+from benchmarks.speed import host, model, steps
+from benchmarks.speed.contender import BASELINE, IVON_OPT, bytes_per_element
+from benchmarks.speed.peers import ONE_LAUNCH, PLAIN
 from benchmarks.speed.record import Record
 from benchmarks.speed.workloads import DTYPES
 
@@ -37,13 +37,7 @@ _HUGE = f"{_ONE} and dtype == 'float32' and tensors == 1 and elements >= 100_000
 _TRAINING = f"{_GPU} '{model.WHOLE}'"
 _FAST = "GPU, one launch / fused AdamW, float32, 100M and 1B"
 _LORA = "GPU, 7B LoRA training step"
-
-
-def _host(what: str, contender: str, count: int, most: float, state: str, quantity: str) -> Target:
-    name = f"host, {count} tensors: us of {what}, {state} gradients"
-    query = f"contender == '{contender}' and workload == '{count}-tiny' and quantity == '{quantity}'"
-    return Target(name, query, most, "p50")
-
+_HOST = "contender == '{}' and workload == '{}-tiny' and quantity == '{}'"
 
 TARGETS = (
     Target("CPU, Llama-2-7B r=8: ivon-opt / sample + step", f"{_CPU} {_LLAMA}", 10, "ivon_opt", at_least=True),
@@ -64,9 +58,9 @@ TARGETS = (
     Target(f"{_LORA}: IVON / fused AdamW", _TRAINING, 1.01),
     Target(f"{_LORA}: peak bytes over AdamW's per LoRA element", _TRAINING, 16, "extra_peak"),
     *(
-        _host(what, contender, count, most, state, quantity)
+        Target(f"host, {n} tensors: us of {what}, {state} gradients", _HOST.format(contender, n, quantity), most, "p50")
         for contender, what in ((host.PATH, "addresses + arguments + launch"), (host.WHOLE, "train() + step()"))
-        for count, most in ((128, 30), (450, 100))
+        for n, most in ((128, 30), (450, 100))
         for quantity, state in ((host.SAME, "same"), (host.FRESH, "fresh"))
     ),
 )
@@ -80,10 +74,9 @@ def figures(record: Record) -> pd.DataFrame:
     - `over_adamw_bytes`: time over that in which the copy moves fused AdamW's bytes
     - `extra_peak`: peak memory per element over the baseline's
     """
-    rows = record.measured()
-    rows["kind"] = record.device.get("kind")
+    rows = record.measured().assign(kind=record.device.get("kind"))
     named = rows.contender.str.extract(r"^ivon_kernels (?P<backend>\w+), (?P<mode>.*)$")
-    rows["backend"], rows["mode"] = named.backend, named["mode"].fillna(rows.contender)
+    rows["backend"], rows["mode"] = named.backend.fillna(""), named["mode"].fillna(rows.contender)
     case = ["workload", "dtype", "quantity"]
     rows = rows.sort_values("p50", kind="stable").drop_duplicates([*case, "mode"])
 
@@ -94,7 +87,7 @@ def figures(record: Record) -> pd.DataFrame:
 
     rows["ivon_opt"] = beside(IVON_OPT, "ratio") / rows.ratio
     rows["extra_peak"] = rows.peak_bytes_per_element - beside(BASELINE, "peak_bytes_per_element")
-    adamw = rows.dtype.map({name: traffic.bytes_per_element(("adamw",), dtype) for name, dtype in DTYPES.items()})
+    adamw = rows.dtype.map({name: bytes_per_element(("adamw",), dtype) for name, dtype in DTYPES.items()})
     rows["over_adamw_bytes"] = rows.bytes_per_element / adamw / rows.copy_share
     rows["mebibytes"] = rows.p50 / 2**20
     sizes = ["dtype", "quantity", "contender", "elements"]
@@ -103,20 +96,15 @@ def figures(record: Record) -> pd.DataFrame:
     rows["over_a_tenth"] = flat.p50 / flat.join(tenth, on=sizes).tenth
     rows["place"] = [
         ", ".join([row.workload, *[row.dtype] * (row.part == steps.PART), *[row.backend] * (row.kind == "cuda")])
-        for row in rows.assign(backend=rows.backend.fillna("")).itertuples()
+        for row in rows.itertuples()
     ]
     return rows
 
 
 def judge(target: Target, cases: Mapping[str, float]) -> dict[str, Any]:
-    """The worst of the cases against the bound, for the record; no cases: not measured.
-
-    Args:
-        target: Its `query` is not asked.
-        cases: The figure by place.
-    """
-    worst = (min if target.at_least else max)(cases, key=cases.__getitem__, default=None)
+    """The worst of a target's cases, by place, against its bound, for the record; no cases: not measured."""
     judged = {"name": target.name, "bound": float(target.bound), "at_least": target.at_least}
+    worst = (min if target.at_least else max)(cases, key=cases.__getitem__, default=None)
     if worst is None:
         return {**judged, "measured": None, "where": "", "met": False, "margin": None, "verdict": "not measured"}
     measured = float(cases[worst])

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.contender import LARGE_STEPS, STEP, Contender, Parameters, Recipe, Step, WrongError, reason
-from benchmarks.speed.lineup import ivon
 from benchmarks.speed.measure import Row
+from benchmarks.speed.peers import ivon
 from benchmarks.speed.workloads import Workload
 from ivon_kernels import IVON, noise
 
@@ -48,17 +48,17 @@ class Verifier:
         recipe: Recipe = LARGE_STEPS,
     ) -> None:
         self.workload, self.dtype, self.device, self.recipe = workload, dtype, device, recipe
-        self._kept = _spread(workload, reference_elements)
+        # Numbers of tensors, evenly spread over the list with its first and last one.
+        count = len(workload.shapes)
+        wanted = max(min(count, int(reference_elements / workload.elements * count)), min(count, 2))
+        self._kept = sorted({round(i * (count - 1) / max(wanted - 1, 1)) for i in range(wanted)})
         self._prefix = min(PREFIX, reference_elements)
         self._expected, self._adamw = cache(self._reference), cache(self._torch_adamw)
 
     def check(self, contender: Contender) -> str | None:
         """Why a contender must not be timed, or None."""
         try:
-            if contender.expected:
-                self._check_bits(contender)
-            else:
-                self._check_peer(contender)
+            (self._check_bits if contender.expected else self._check_peer)(contender)
         except Exception as error:  # a row of the table, not the end of the suite
             return f"{reason(error)}; not timed" if isinstance(error, WrongError) else reason(error)
         return None
@@ -78,11 +78,12 @@ class Verifier:
         """
         rows = []
         for contender in contenders:
-            rows.append(Row(contender.name, contender.ours, unable(contender), turns=contender.turns))
-            if rows[-1].error is None:
-                rows[-1].error = self.check(contender)
-                rows[-1].failed = rows[-1].error is not None
+            row = Row(contender.name, contender.ours, unable(contender), False, contender.turns, (contender.quantity,))
+            if row.error is None:
+                row.error = self.check(contender)
+                row.failed = row.error is not None
                 clean()
+            rows.append(row)
         return rows
 
     # ---- ours --------------------------------------------------------------------------------------------------------
@@ -103,9 +104,8 @@ class Verifier:
         if workload.is_flat:
             (param,) = params
             assert param.grad is not None
-            head = torch.nn.Parameter(param.detach()[: self._prefix].clone())
-            head.grad = param.grad[: self._prefix].clone()
-            params = [head]
+            params = [torch.nn.Parameter(param.detach()[: self._prefix].clone())]
+            params[0].grad = param.grad[: self._prefix].clone()
         for number, param in enumerate(params):
             if number not in self._kept:  # a frozen parameter is left alone, and the others keep their numbers
                 param.requires_grad_(False)
@@ -150,14 +150,12 @@ class Verifier:
         for number in range(STEPS):
             before = [value.clone() for value in read()]
             step()
-            after = read()
-            if all(map(torch.equal, before, after)):
+            if all(map(torch.equal, before, read())):
                 raise WrongError(f"step {number + 1} changed no weight")
-            if not all(bool(value.isfinite().all()) for value in after):
+            if not all(bool(value.isfinite().all()) for value in read()):
                 raise WrongError(f"step {number + 1} left weights that are not finite")
         if contender.like_adamw is not None:
-            weights = torch.cat([value.flatten() for value in read()])
-            times = contender.like_adamw(weights, self._adamw(), self.recipe)
+            times = contender.like_adamw(torch.cat([v.flatten() for v in read()]), self._adamw(), self.recipe)
             if not times <= 1:
                 raise WrongError(f"weights are {times:.2g} times as far from those of torch's AdamW as they may be")
 
@@ -172,8 +170,7 @@ class Verifier:
         return self.workload.head(self._prefix).parameters(self.dtype, self.device)
 
 
-def _spread(workload: Workload, most: int) -> list[int]:
-    """Numbers of tensors, evenly spread over the list with its first and last one, of about `most` elements."""
-    count = len(workload.shapes)
-    wanted = max(min(count, int(most / workload.elements * count)), min(count, 2))
-    return sorted({round(i * (count - 1) / max(wanted - 1, 1)) for i in range(wanted)})
+def wrong(contenders: Sequence[Contender], rows: Sequence[Row]) -> dict[str, str]:
+    """What of ours failed though it could run, with the reason."""
+    names = [c.name if c.quantity == STEP else f"{c.name}: {c.quantity}" for c in contenders]
+    return {name: row.error or "" for name, row in zip(names, rows, strict=True) if row.ours and row.failed}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ class Workload:
     name: str
     title: str
     shapes: tuple[tuple[int, ...], ...]
+    tensors: tuple[tuple[Tensor, Tensor], ...] = ()  # of these values and gradients, in place of random ones
 
     @property
     def elements(self) -> int:
@@ -35,46 +35,29 @@ class Workload:
         self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> list[torch.nn.Parameter]:
         """Fresh parameters in [-1, 1) with gradients of the same dtype in [-0.01, 0.01), the same values every time."""
-        generator = torch.Generator().manual_seed(0)
-        size = min(_PATTERN, max(torch.Size(shape).numel() for shape in self.shapes))
-        pattern = torch.empty(2, size).uniform_(-1, 1, generator=generator).to(device)
-        params = []
-        for number, shape in enumerate(self.shapes):
-            value, grad = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-            for tensor, source, scale in ((value, pattern[0], 1.0), (grad, pattern[1], 0.01)):
-                _fill(tensor, source.roll(number) * scale)
-            param = torch.nn.Parameter(value)
+        tensors = [(value.clone(), grad.clone()) for value, grad in self.tensors]
+        if not tensors:
+            generator = torch.Generator().manual_seed(0)
+            size = min(_PATTERN, max(torch.Size(shape).numel() for shape in self.shapes))
+            pattern = torch.empty(2, size).uniform_(-1, 1, generator=generator).to(device)
+            for number, shape in enumerate(self.shapes):
+                value, grad = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+                _fill(value, pattern[0].roll(number))
+                _fill(grad, pattern[1].roll(number) * 0.01)
+                tensors.append((value, grad))
+        params = [torch.nn.Parameter(value) for value, _ in tensors]
+        for param, (_, grad) in zip(params, tensors, strict=True):
             param.grad = grad
-            params.append(param)
         return params
 
     def head(self, most: int) -> Workload:
         """The first of its tensors, of `most` elements and the rest of the last one; of a flat one so many elements."""
+        if self.tensors:
+            return self
         if self.is_flat:
             return Workload(self.name, self.title, ((min(self.elements, most),),))
         ends = list(itertools.accumulate(torch.Size(shape).numel() for shape in self.shapes))
         return Workload(self.name, self.title, self.shapes[: 1 + sum(end < most for end in ends[:-1])])
-
-
-@dataclass(frozen=True)
-class Given(Workload):
-    """Tensors and gradients that are there, in place of random ones."""
-
-    tensors: tuple[tuple[Tensor, Tensor], ...] = ()
-
-    def parameters(
-        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-    ) -> list[torch.nn.Parameter]:
-        """Copies."""
-        params = []
-        for value, grad in self.tensors:
-            params.append(torch.nn.Parameter(value.clone()))
-            params[-1].grad = grad.clone()
-        return params
-
-    def head(self, most: int) -> Workload:
-        """All of them."""
-        return self
 
 
 def _fill(tensor: Tensor, values: Tensor) -> None:
@@ -123,14 +106,3 @@ WORKLOADS = (
 QUICK = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "450-tiny", "flat-1M", "flat-10M")
 # The same code where nothing is to be measured: a few tensors, one of them of an odd size.
 DRY_WORKLOADS = (Workload("dry-lora", "a tiny layer", lora(1, 24, 24, 24, 4)), flat(131))
-
-
-def chosen(*, quick: bool, dry_run: bool, max_elements: int) -> Iterator[tuple[Workload, str]]:
-    """The workloads, each with why it is left out, or an empty string."""
-    for workload in DRY_WORKLOADS if dry_run else WORKLOADS:
-        if not dry_run and quick and workload.name not in QUICK:
-            yield workload, "--quick leaves it out"
-        elif workload.elements > max_elements:
-            yield workload, f"more elements than --max-elements {max_elements}"
-        else:
-            yield workload, ""

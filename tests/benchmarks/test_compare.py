@@ -9,14 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
 from benchmarks.__main__ import app
-from benchmarks.speed.compare import FASTER, MORE_MEMORY, SLOWER, Comparison, compare_records
+from benchmarks.speed.compare import (
+    FASTER,
+    MORE_MEMORY,
+    SLOWER,
+    Comparison,
+    Noise,
+    compare_records,
+    intervals,
+    p_positive,
+    run_to_run,
+    shifts,
+    slower,
+    wider,
+)
 from benchmarks.speed.record import Measurement, Record
-from benchmarks.speed.statistics import Noise, Shift, run_to_run, shift, slower
 
 BASELINE = "AdamW (fused)"
 OURS = tuple(f"ivon_kernels cpu, mode {i}" for i in range(4))
@@ -119,7 +132,7 @@ def few(**fields: Any) -> Content:
 def test_two_runs_of_the_same_code_rarely_raise_an_alarm() -> None:
     pairs = [compared(simulated(2 * i), simulated(2 * i + 1)) for i in range(8)]
     assert all(len(c.changes) == 24 * (2 * 4 + 7) for c in pairs)  # time and memory of ours, time of the others
-    assert sum(bool(c.regressions) for c in pairs) == 0  # at most 1% of comparisons are expected to have one
+    assert sum(len(c.regressions) for c in pairs) == 0  # at most 1% of comparisons are expected to have one
 
 
 def test_a_slowdown_of_15_percent_is_found_and_nothing_else() -> None:
@@ -127,8 +140,8 @@ def test_a_slowdown_of_15_percent_is_found_and_nothing_else() -> None:
     for i in range(4):
         slow = simulated(1000 + i, lambda _, contender: 1.15 if contender == OURS[1] else 1.0)
         regressions = compared(simulated(i), slow).regressions
-        found += sum(r.key[2] == OURS[1] for r in regressions)
-        wrong += sum(r.key[2] != OURS[1] for r in regressions)
+        found += sum(regressions.contender == OURS[1])
+        wrong += sum(regressions.contender != OURS[1])
     assert found >= 0.8 * 4 * 24
     assert wrong <= 0.02 * found
 
@@ -138,7 +151,8 @@ def test_one_slow_measurement_among_many_is_found() -> None:
         return 1.25 if (workload, contender) == ("workload 3", OURS[2]) else 1.0
 
     found = [compared(simulated(i), simulated(100 + i, slower)).regressions for i in range(5)]
-    assert sum([(r.key[0], r.key[2]) for r in regressions] == [("workload 3", OURS[2])] for regressions in found) >= 4
+    expected = [["workload 3", OURS[2]]]
+    assert sum(of[["workload", "contender"]].to_numpy().tolist() == expected for of in found) >= 4
 
 
 def test_noise_from_run_to_run_is_told_by_the_peers() -> None:
@@ -155,43 +169,64 @@ def test_noise_from_run_to_run_is_told_by_the_peers() -> None:
     assert sum(len(c.regressions) for c in unaware) > 60
 
 
+def shift(old: list[float], new: list[float]) -> pd.DataFrame:
+    return shifts(pd.Series([old]), pd.Series([new]))
+
+
+def reversed_shift(of: pd.DataFrame) -> pd.DataFrame:
+    return of.assign(estimate=-of.estimate)
+
+
+def given(*rows: tuple[float, float, float]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["estimate", "error", "freedom"])
+
+
 def test_the_shift_is_that_of_a_trimmed_welch_test() -> None:
+    """By Yuen (1974): squared error (n - 1) s_w^2 / (h (h - 1)), of h left and the winsorized variance of all n."""
     rng = np.random.default_rng(0)
     old, new = np.exp(rng.normal(0, 0.1, 10)), np.exp(rng.normal(0.1, 0.2, 13))
     test = stats.ttest_ind(np.log(new), np.log(old), equal_var=False, trim=0.2)
-    ours = shift(list(old), list(new))
-    assert ours.estimate / ours.error == pytest.approx(test.statistic)
-    assert ours.freedom == pytest.approx(test.df)
-    assert 2 * min(ours.p_positive(), ours.reversed().p_positive()) == pytest.approx(test.pvalue)
+    found = shift(list(old), list(new))
+    squares = 0.0
+    for series, cut in ((old, 2), (new, 2)):
+        logs, left = np.sort(np.log(series)), len(series) - 2 * cut
+        winsorized = np.clip(logs, logs[cut], logs[-1 - cut])
+        squares += (len(logs) - 1) * winsorized.var(ddof=1) / (left * (left - 1))
+    means = [np.sort(np.log(series))[2:-2].mean() for series in (old, new)]
+    assert found.error[0] == pytest.approx(np.sqrt(squares))
+    assert found.estimate[0] == pytest.approx(means[1] - means[0])
+    assert found.freedom[0] == pytest.approx(test.df)
+    assert 2 * min(p_positive(found)[0], p_positive(reversed_shift(found))[0]) == pytest.approx(test.pvalue)
     interval = np.expm1(test.confidence_interval(0.95))
-    assert ours.interval() == pytest.approx(tuple(interval))
+    assert intervals(found).to_numpy()[0] == pytest.approx(interval)
 
 
 def test_two_spoiled_rounds_of_ten_do_not_matter() -> None:
     quiet = [1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 1.01, 0.99, 1.0, 1.01]
-    spoiled = [*quiet[:8], 3.0, 7.0]
-    assert shift(quiet, spoiled).estimate == pytest.approx(0.0, abs=0.01)
-    assert shift(quiet, spoiled).p_positive() > 0.2
+    spoiled = shift(quiet, [*quiet[:8], 3.0, 7.0])
+    assert spoiled.estimate[0] == pytest.approx(0.0, abs=0.01)
+    assert p_positive(spoiled)[0] > 0.2
 
 
 def test_figures_without_any_noise() -> None:
     same, more, less = (shift([2.0] * 3, [new] * 3) for new in (2.0, 2.2, 1.8))
-    assert slower([same, more, less], 0.05) == [False, True, False]
-    assert slower([more], 0.11) == slower([more.reversed()], 0.05) == [False]
-    assert slower([], 0.05) == []
+    assert list(slower(pd.concat([same, more, less]), 0.05)) == [False, True, False]
+    assert list(slower(more, 0.11)) == list(slower(reversed_shift(more), 0.05)) == [False]
+    assert list(slower(given(), 0.05)) == []
 
 
 def test_noise_is_added_to_the_error() -> None:
-    assert run_to_run([Shift(0.1, 0.0, 1.0)] * 7) is None
-    explained = run_to_run([Shift(0.1, 1.0, 1.0)] * 8)
+    assert run_to_run(given(*[(0.1, 0.0, 1.0)] * 7)) is None
+    explained = run_to_run(given(*[(0.1, 1.0, 1.0)] * 8))
     assert explained is not None and explained.variance == 0.0
-    told = run_to_run([Shift(sign * 0.1, 0.0, 1.0) for sign in (1, -1)] * 50)
+    told = run_to_run(given(*[(sign * 0.1, 0.0, 1.0) for sign in (1, -1)] * 50))
     assert told is not None and told.variance == pytest.approx(0.1483**2, rel=1e-3)
-    own = Shift(0.3, 0.04, 10.0)
-    assert own.wider(None) == own.wider(explained) == own
-    assert own.wider(Noise(0.03**2, 30.0)).error == pytest.approx(0.05)
+    own = given((0.3, 0.04, 10.0))
+    assert wider(own, None) is wider(own, explained) is own
+    wide = wider(own, Noise(0.03**2, 30.0))
+    assert wide.error[0] == pytest.approx(0.05)
     satterthwaite = 0.05**4 / (0.04**4 / 10 + 0.03**4 / 30)
-    assert own.wider(Noise(0.03**2, 30.0)).freedom == pytest.approx(satterthwaite)
+    assert wide.freedom[0] == pytest.approx(satterthwaite)
 
 
 # ---- the verdicts ----------------------------------------------------------------------------------------------------
@@ -202,24 +237,24 @@ def test_ratios_are_compared_so_that_a_slower_machine_is_no_regression() -> None
     for m in new["measurements"]:
         m["rounds"] = [2 * t for t in m["rounds"]]
         m["p50"] *= 2
-    assert compared(old, new).regressions == []
+    assert not len(compared(old, new).regressions)
     for m in (*old["measurements"], *new["measurements"]):
         m["ratios"] = m["ratio"] = None
     found = compared(old, new).changes  # without ratios it cannot be told apart; the peers' times double as well
-    assert {c.figure for c in found} == {"ms", "peak B/element"}
-    assert max(c.change or 0.0 for c in found) == pytest.approx(1.0, abs=0.2)
+    assert set(found.figure) == {"ms", "peak B/element"}
+    assert found.change.max() == pytest.approx(1.0, abs=0.2)
 
 
 def test_a_faster_measurement_is_counted_and_no_regression() -> None:
     faster = simulated(5, lambda _, contender: 0.8 if contender == OURS[0] else 1.0)
     result = compared(simulated(4), faster)
     assert result.count()[FASTER] >= 22
-    assert result.regressions == []
+    assert not len(result.regressions)
 
 
 def test_slow_peers_are_no_regression() -> None:
     slow = simulated(5, lambda _, contender: 2.0 if contender == PEERS[0] else 1.0)
-    assert compared(simulated(4), slow).regressions == []
+    assert not len(compared(simulated(4), slow).regressions)
 
 
 @pytest.mark.parametrize(
@@ -235,10 +270,9 @@ def test_slow_peers_are_no_regression() -> None:
 )
 def test_peak_memory(old: float | None, new: float | None, verdict: str | None) -> None:
     result = compared(few(peak_bytes_per_element=old), few(peak_bytes_per_element=new))
-    assert [c.verdict for c in result.changes if c.figure == "peak B/element" and c.key[2] == OURS[0]] == (
-        [] if verdict is None else [verdict]
-    )
-    assert bool(result.regressions) is (verdict == MORE_MEMORY)
+    memory = result.changes[(result.changes.figure == "peak B/element") & (result.changes.contender == OURS[0])]
+    assert list(memory.verdict) == ([] if verdict is None else [verdict])
+    assert bool(len(result.regressions)) is (verdict == MORE_MEMORY)
 
 
 @pytest.mark.parametrize(("of_a_peer", "verdict"), [(7.0, "same"), (-7.0, "same"), (5.9, MORE_MEMORY)])
@@ -251,9 +285,11 @@ def test_peak_memory_that_a_peer_changed_by_too_is_noise(of_a_peer: float, verdi
             now["peak_bytes_per_element"] += 6.0
         if m["contender"] == PEERS[0] and (m["workload"], m["dtype"]) == place:
             now["peak_bytes_per_element"] += of_a_peer
-    found = [c for c in compared(old, new).changes if c.figure == "peak B/element" and c.key[2] == OURS[0]]
-    assert {c.verdict for c in found if c.key[:2] == place} == {verdict}
-    assert {c.verdict for c in found if c.key[:2] != place} == {MORE_MEMORY}  # a peer tells its own workload's noise
+    found = compared(old, new).changes
+    found = found[(found.figure == "peak B/element") & (found.contender == OURS[0])]
+    there = (found.workload == place[0]) & (found.dtype == place[1])
+    assert set(found.verdict[there]) == {verdict}
+    assert set(found.verdict[~there]) == {MORE_MEMORY}  # a peer tells its own workload's noise
 
 
 def test_rows_that_began_to_fail_are_regressions_and_come_first() -> None:
@@ -264,9 +300,10 @@ def test_rows_that_began_to_fail_are_regressions_and_come_first() -> None:
     new["measurements"][1].update(error="RuntimeError: no", rounds=[], ratios=None, ratio=None, p50=None)
     new["measurements"][2]["ratios"] = [3 * r for r in extra["ratios"]]
     result = compared(old, new)
-    assert [c.verdict for c in result.regressions] == ["fails now", SLOWER]
-    assert result.regressions[0].reason == "RuntimeError: no"
-    assert [c.verdict for c in compared(new, old).changes if c.key[3] == "step" and c.key[2] == OURS[0]] == ["runs now"]
+    assert list(result.regressions.verdict) == ["fails now", SLOWER]
+    assert result.regressions.reason.iloc[0] == "RuntimeError: no"
+    back = compared(new, old).changes
+    assert list(back.verdict[(back.quantity == "step") & (back.contender == OURS[0])]) == ["runs now"]
     assert compared(new, new).count()["failed in both"] == 1
 
 
@@ -274,10 +311,11 @@ def test_too_few_rounds_are_not_judged() -> None:
     old = few()
     old["measurements"].append({**copy.deepcopy(old["measurements"][1]), "quantity": "save", "rounds": [1.0]})
     old["measurements"][2]["ratios"] = [9.0]
-    changes = {c.key[3]: c for c in compared(old, old).changes if c.key[2] == OURS[0] and c.figure != "peak B/element"}
-    assert changes["save"].verdict == "not judged"
-    assert changes["save"].reason == "1 and 1 rounds with a time; 3 are needed"
-    assert changes["step"].verdict == "same"
+    changes = compared(old, old).changes
+    changes = changes[(changes.contender == OURS[0]) & (changes.figure != "peak B/element")].set_index("quantity")
+    assert changes.verdict["save"] == "not judged"
+    assert changes.reason["save"] == "1 and 1 rounds with a time; 3 are needed"
+    assert changes.verdict["step"] == "same"
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

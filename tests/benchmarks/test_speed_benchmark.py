@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from benchmarks import UserError
 from benchmarks.__main__ import app
-from benchmarks.speed import contender, equations, exercise, host, lineup, peers, traffic, verify, workloads
+from benchmarks.speed import contender, exercise, host, peers, run, verify, workloads
 from benchmarks.speed.clock import CpuClock
 from benchmarks.speed.contender import STEP, Build, Contender, Parameters, Recipe, Step
 from benchmarks.speed.measure import Budget, timing
@@ -40,8 +40,8 @@ def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workloads, "DRY_WORKLOADS", (LAYER,))
-    monkeypatch.setattr("benchmarks.speed.run.DTYPES", {"bfloat16": torch.bfloat16})
+    monkeypatch.setattr(run, "DRY_WORKLOADS", (LAYER,))
+    monkeypatch.setattr(run, "DTYPES", {"bfloat16": torch.bfloat16})
 
 
 def call(out: Path, *options: str) -> tuple[int, str]:
@@ -62,10 +62,10 @@ def rows(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_command_measures_checks_and_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One run of everything; peers that are new rows of the table; and what ran before is kept."""
-    known = lineup.peers
+    known = peers.peers
     more = [Contender("broken", broken), Contender("absent", broken, package="no-such-distribution")]
-    monkeypatch.setattr(lineup, "peers", lambda device: [*known(device), *more])
-    monkeypatch.setattr(workloads, "DRY_WORKLOADS", (LAYER,))
+    monkeypatch.setattr(peers, "peers", lambda device: [*known(device), *more])
+    monkeypatch.setattr(run, "DRY_WORKLOADS", (LAYER,))
     code, output = call(tmp_path, "--parts=steps,model", "--rounds=2")
     assert code == 0, output
     record = json.loads((tmp_path / "speed.json").read_text())
@@ -99,7 +99,7 @@ def test_command_measures_checks_and_records(tmp_path: Path, monkeypatch: pytest
 
 
 def ours_parts() -> tuple[str, ...]:
-    return (lineup.SAMPLE, lineup.UPDATE, lineup.RESTORE, lineup.EVALUATION, contender.SAVE, contender.LOAD)
+    return (peers.SAMPLE, peers.UPDATE, peers.RESTORE, peers.EVALUATION, contender.SAVE, contender.LOAD)
 
 
 @pytest.mark.usefixtures("few_and_quick")
@@ -150,7 +150,7 @@ def test_a_report_of_little(tmp_path: Path) -> None:
 
 
 def ours() -> list[Contender]:
-    return [c for c in lineup.lineup(CPU) if c.ours]
+    return [c for c in peers.lineup(CPU) if c.ours]
 
 
 def moves(amounts: list[float]) -> Build:
@@ -249,7 +249,8 @@ def test_workloads_are_those_of_the_issue() -> None:
         **{f"flat-{name}": (1, n) for name, n in (("1M", 10**6), ("10M", 10**7), ("100M", 10**8), ("1B", 10**9))},
     }
     assert set(workloads.QUICK) < set(sizes)
-    kept = [w.name for w, why in workloads.chosen(quick=True, dry_run=False, max_elements=5 * 10**6) if not why]
+    options = run.Options("cpu", 1, 1, 1.0, 1.0, max_elements=5 * 10**6, quick=True, compiling=False)
+    kept = [w.name for w in workloads.WORKLOADS if not run.left_out(w, options, CpuClock())]
     assert kept == ["llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "450-tiny", "flat-1M"]
 
 
@@ -264,7 +265,7 @@ def test_parameters_repeat_a_pattern_and_are_the_same_every_time(monkeypatch: py
 
 def test_bytes_per_element() -> None:
     def counts(device: str) -> dict[str, tuple[int | None, int | None]]:
-        steps = [c for c in lineup.lineup(torch.device(device)) if c.quantity == STEP]
+        steps = [c for c in peers.lineup(torch.device(device)) if c.quantity == STEP]
         return {c.name: (c.bytes_per_element(torch.float32), c.bytes_per_element(torch.bfloat16)) for c in steps}
 
     gpu, cpu = counts("cuda"), counts("cpu")
@@ -279,12 +280,12 @@ def test_bytes_per_element() -> None:
     }
     assert {name: gpu[name] for name in expected} == expected
     assert cpu[OURS] == (60, 50)  # the noise is written and read once
-    assert traffic.bytes_per_element(("step",), torch.float32) == 32  # the issue's figure
+    assert contender.bytes_per_element(("step",), torch.float32) == 32  # the issue's figure
 
 
 def test_compiled_reference_draws_the_specified_noise() -> None:
     mean = torch.zeros(4099)
-    assert torch.equal(equations.normals(mean, torch.tensor(7)), noise.normals(4099, seed=0, step=7))
+    assert torch.equal(peers.equation_normals(mean, torch.tensor(7)), noise.normals(4099, seed=0, step=7))
 
 
 def test_exercise_equals_the_reference(capsys: pytest.CaptureFixture[str]) -> None:

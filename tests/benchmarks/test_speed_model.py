@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import lineup, model
+from benchmarks.speed import model, peers
 from benchmarks.speed.clock import DryClock
 from benchmarks.speed.contender import BASELINE, FOREACH, IVON_OPT, LORA, Build, Contender, Parameters, Recipe, Step
-from benchmarks.speed.lineup import ONE_LAUNCH, PLAIN, our_name
-from benchmarks.speed.peers import adamw, rounding
+from benchmarks.speed.measure import Found
+from benchmarks.speed.peers import ONE_LAUNCH, PLAIN, adamw, our_name, rounding
 from benchmarks.speed.record import Record
 from benchmarks.speed.report import model_table
 from benchmarks.speed.verify import Verifier
@@ -36,7 +36,7 @@ def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # its contenders take seconds for a step
 
 
-def measured(**options: object) -> model.Found:
+def measured(**options: object) -> Found:
     settings = {"rounds": 2, "steps": 2, "enough_time": lambda: True, **options}
     return model.measure(model.TOY, DryClock(), **settings)  # type: ignore[arg-type]
 
@@ -66,7 +66,7 @@ def test_every_optimizer_is_timed_whole_and_in_parts() -> None:
     for name in names:
         whole, passes, part = (of[name, quantity].p20 or 0.0 for quantity in model.QUANTITIES)
         assert whole >= max(passes, part)
-    table = model_table(Record(device={}, measurements=found.measurements))
+    table = model_table(Record(device={}, measurements=found.measurements).measured())
     assert list(table.optimizer.unique()) == names
     shares = table[table.quantity == model.OPTIMIZER].share
     assert len(shares) == len(names) and all(0 < float(share.rstrip("%")) < 100 for share in shares)
@@ -109,7 +109,7 @@ def test_ours_must_equal_the_reference(problem: model.Problem, mode: str) -> Non
         optimizer = IVON.for_lora(params, num_data=20_000_000, seed=0, backend="cpu")
         return Step(optimizer.step, begin=optimizer.train, optimizer=optimizer)
 
-    right = lineup.ivon("cpu", mode)
+    right = peers.ivon("cpu", mode)
     assert check(problem, right, backend="cpu", expected=PLAIN) is None
     wrong = check(problem, other_recipe, backend="cpu", expected=PLAIN)
     assert wrong == "differs from the reference; not timed"
@@ -158,7 +158,7 @@ def test_one_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch
     assert errors == {BASELINE: reason, "ours": reason, "absent": "no-such-package is not installed", "sound": None}
     assert found.wrong == {"ours": reason}
     assert [m.ratio for m in found.measurements] == [None] * 12
-    assert set(model_table(Record(device={}, measurements=found.measurements)).optimizer) == {"sound"}
+    assert set(model_table(Record(device={}, measurements=found.measurements).measured()).optimizer) == {"sound"}
 
 
 def test_a_missing_model_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

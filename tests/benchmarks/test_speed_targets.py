@@ -10,7 +10,7 @@ import pytest
 from benchmarks.speed import host
 from benchmarks.speed.clock import KERNEL
 from benchmarks.speed.contender import BASELINE, IVON_OPT, STEP
-from benchmarks.speed.lineup import ONE_LAUNCH, PLAIN, our_name
+from benchmarks.speed.peers import ONE_LAUNCH, PLAIN, our_name
 from benchmarks.speed.model import WHOLE
 from benchmarks.speed.record import Measurement, Record
 from benchmarks.speed.report import dispatch_table
@@ -117,5 +117,5 @@ def test_model_and_host_targets() -> None:
 
 def test_dispatch_names_the_faster_backend() -> None:
     rows = [row("128-tiny", TRITON, 0.09), row("128-tiny", CUDA, 0.06), row("450-tiny", CUDA, 0.2)]
-    ((workload, _, _, backend, slower),) = dispatch_table(Record(device={}, measurements=rows)).to_numpy()
+    ((workload, _, _, backend, slower),) = dispatch_table(Record(device={}, measurements=rows).measured()).to_numpy()
     assert (workload, backend, slower) == ("128-tiny", "cuda", "50%")
