@@ -17,9 +17,8 @@ from benchmarks import UserError
 from benchmarks.environment import environment
 from benchmarks.ranks import ADAMW, IVON, answer, turn_of, world
 from benchmarks.speed.measure import Row, progress, take_turns
-from benchmarks.speed.plots import BASELINE_COLOR, OUR_COLOR, save
 from benchmarks.speed.record import write_json
-from benchmarks.speed.report import form, show, written
+from benchmarks.speed.report import BASELINE_COLOR, OUR_COLOR, form, save, show, written
 from benchmarks.speed.workloads import Workload, lora
 from ivon_kernels import available_backends
 

@@ -26,9 +26,8 @@ from benchmarks.memory import PeakMemory, return_freed_memory
 from benchmarks.speed.clock import clock
 from benchmarks.speed.contender import Step
 from benchmarks.speed.measure import Row, progress, take_turns, timing
-from benchmarks.speed.plots import BASELINE_COLOR, OUR_COLOR, PEER_COLOR, save
 from benchmarks.speed.record import write_json
-from benchmarks.speed.report import form, show, targets_table, written
+from benchmarks.speed.report import BASELINE_COLOR, OUR_COLOR, PEER_COLOR, form, save, show, targets_table, written
 from benchmarks.speed.targets import Target, judge
 from ivon_kernels import IVON, lora
 from ivon_kernels.posterior import Posterior

@@ -10,7 +10,8 @@ record and the comparisons come from ``python -m benchmarks speed``, where the c
 from __future__ import annotations
 
 import functools
-import time
+import itertools
+import timeit
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,14 +35,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One row for each workload, dtype and contender: a few, or with ``--full`` all."""
     full = metafunc.config.getoption("full")
-    steps = [contender for contender in lineup(DEVICE) if contender.quantity == STEP]
-    chosen = [c for c in steps if full or DEVICE.type != "cpu" or c.name in QUICK_CONTENDERS]
+    few = not full and DEVICE.type == "cpu"
+    steps = [c for c in lineup(DEVICE) if c.quantity == STEP and (not few or c.name in QUICK_CONTENDERS)]
+    workloads = [workload for workload in WORKLOADS if full or workload.name in QUICK_WORKLOADS]
     rows = [
         pytest.param(workload, dtype, contender, id=f"{workload.name}-{dtype}-{contender.name}")
-        for workload in WORKLOADS
-        if full or workload.name in QUICK_WORKLOADS
-        for dtype in (DTYPES if full else ("float32",))
-        for contender in chosen
+        for workload, dtype, contender in itertools.product(workloads, DTYPES if full else ("float32",), steps)
     ]
     metafunc.parametrize(("workload", "dtype", "contender"), rows)
 
@@ -49,8 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @functools.cache
 def _verifier(workload: Workload, dtype: str) -> Verifier:
     """Keeps what the reference gives, which takes longer than the steps."""
-    device = clock(DEVICE.type, dry_run=False)
-    return Verifier(workload, DTYPES[dtype], DEVICE, device.reference_elements)
+    return Verifier(workload, DTYPES[dtype], DEVICE, clock(DEVICE.type, dry_run=False).reference_elements)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:ivon")  # on every construction, from inside torch
@@ -72,10 +70,7 @@ def test_speed(
             torch.cuda.synchronize(DEVICE)
 
     finished()  # makes the state, and compiles
-    benchmark.group = f"{workload.title}, {dtype}"
-    benchmark.name = contender.name
+    benchmark.group, benchmark.name = f"{workload.title}, {dtype}", contender.name
     seconds = FULL_SECONDS if request.config.getoption("full") else QUICK_SECONDS
-    begin = time.perf_counter()
-    finished()
-    once = time.perf_counter() - begin
+    once = timeit.timeit(finished, number=1)
     benchmark.pedantic(finished, rounds=max(5, min(200, int(seconds / once))))

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from benchmarks import UserError
+
 
 def speed(
     device: Annotated[str, typer.Option(help="cpu or cuda; by default cuda where there is one.")] = "",
@@ -32,21 +34,15 @@ def speed(
 
     Exit code 1: a backend of ours is wrong or failed.
     """
-    from benchmarks import UserError
-    from benchmarks.speed.run import Options, run
+    from benchmarks.speed.measure import Options
+    from benchmarks.speed.run import run
 
     if min(threads, rounds, turn_ms, seconds, max_elements) <= 0:
         raise UserError("--threads, --rounds, --turn-ms, --seconds and --max-elements must be positive")
-    options = Options(
-        device,
-        threads,
-        rounds=min(rounds, 4) if quick else rounds,
-        turn_ms=min(turn_ms, 20.0) if quick else turn_ms,
-        seconds=min(seconds, 90.0) if quick else seconds,
-        max_elements=max_elements,
-        quick=quick,
-        compiling=compiling and not quick and not dry_run,
-    )
+    if quick:
+        rounds, turn_ms, seconds = min(rounds, 4), min(turn_ms, 20.0), min(seconds, 90.0)
+    compiling = compiling and not quick and not dry_run
+    options = Options(device, threads, rounds, turn_ms, seconds, max_elements, quick, compiling)
     chosen = [part.strip() for part in parts.split(",") if part.strip()]
     if not run(options, chosen, out, dry_run=dry_run, with_report=report):
         raise typer.Exit(1)
@@ -64,7 +60,6 @@ def compare(
     """
     from rich.console import Console
 
-    from benchmarks import UserError
     from benchmarks.speed.compare import compare_records, print_comparison, refuse_unlike
     from benchmarks.speed.record import read
 

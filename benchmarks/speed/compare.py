@@ -3,17 +3,13 @@
 A measurement has about ten rounds: in each, its median time over the baseline's of the same round, so that a drift of
 the machine meets both. What is compared are the logarithms of these ratios (of times, where a record has no ratio).
 
-- **Shift.** Difference of the 20% trimmed means, with Yuen's standard error (Welch's t test on trimmed samples): a
-  fifth of the rounds on either side may be spoiled by other users of the machine.
-- **Run to run.** Two runs of the same code differ by more than their rounds show, as a process draws some of its
-  conditions once. The peers tell by how much: what the spread of their shifts has beyond their standard errors is added
-  to the variance of every shift (degrees of freedom by Satterthwaite), if there are enough of them.
+- **Shift.** Difference of the 20% trimmed means, by Welch's t test on trimmed samples (Yuen): a fifth of the rounds on
+  either side may be spoiled by other users of the machine.
+- **Run to run.** Two runs of the same code differ by more than their rounds show. The peers tell by how much: what the
+  spread of their shifts has beyond their standard errors is added to the variance of every shift (Satterthwaite).
 - **Verdict.** Slower is what is slower by more than the threshold, and proven to be slower at all: the p-values of all
   of our measurements go through Benjamini and Hochberg's procedure at :data:`FALSE_ALARMS`. Where no code changed, that
-  is the largest probability of any alarm in a whole comparison, as far as the noise has been told right.
-
-`tests/benchmarks/test_compare.py` simulates it: a slowdown by 15% of a quarter of 96 measurements is found in 80% of
-them with noise of 5% in a round, 10 rounds and 1% from run to run, and not with 8% in a round or 3% from run to run.
+  is the largest probability of any alarm in a whole comparison. `tests/benchmarks/test_compare.py` simulates it.
 """
 
 from __future__ import annotations
@@ -60,8 +56,7 @@ class Noise(NamedTuple):
 def shifts(old: pd.Series, new: pd.Series) -> pd.DataFrame:
     """Differences of logarithms, new less old, of the rows that have :data:`LEAST_ROUNDS` positive figures in both.
 
-    Returns:
-        `estimate`, its standard error from the rounds alone, `error`, and the degrees of `freedom`.
+    `error` is the standard error of the `estimate`, from the rounds alone, `freedom` are its degrees.
     """
     enough = [
         min(len(a), len(b)) >= LEAST_ROUNDS and all(0 < value < math.inf for value in (*a, *b))
@@ -151,13 +146,7 @@ def _without(rows: pd.DataFrame, others: pd.DataFrame) -> pd.DataFrame:
 
 
 def refuse_unlike(old: Record, new: Record) -> None:
-    """Refuses two records whose figures differ for other reasons than the code.
-
-    Drivers, systems and packages may differ: they are a reason to compare.
-
-    Raises:
-        UserError: Another device, processor or number of threads, or no measurement in common.
-    """
+    """Refuses two records whose figures differ for other reasons than code, drivers and packages, with a UserError."""
 
     def machine(record: Record) -> dict[str, Any]:
         device, environment = record.device, record.environment
@@ -177,16 +166,7 @@ def refuse_unlike(old: Record, new: Record) -> None:
 
 
 def compare_records(old: Record, new: Record, threshold: float) -> Comparison:
-    """Judges every measurement that the records have in common.
-
-    Args:
-        old: What to compare with.
-        new: Of the changed code.
-        threshold: Up to this a slowdown or growth is no regression; a share, 0.05 for 5%.
-
-    Raises:
-        UserError: If no measurement of ours has enough rounds in both records to be judged.
-    """
+    """Judges every measurement that the records have in common; a UserError if none of ours has enough rounds."""
     before, after = old.frame(), new.frame()
     common = after.merge(before, on=KEY, suffixes=("", "_old"))
     timed = common.error.isna() & common.error_old.isna()
@@ -248,10 +228,8 @@ def _times(rows: pd.DataFrame, threshold: float) -> tuple[pd.DataFrame, dict[str
         verdict[slower(of, threshold)[lambda sure: sure].index] = name
     unsure = ~rows.index.isin(used.index)
     verdict[unsure] = NOT_JUDGED
-    counts = [
-        f"{len(old)} and {len(new)} rounds with a time; {LEAST_ROUNDS} are needed"
-        for old, new in zip(rows.ratios_old.where(by_ratio, rows.rounds_old), rows.ratios.where(by_ratio, rows.rounds))
-    ]
+    counts = [rows[f"ratios{of}"].where(by_ratio, rows[f"rounds{of}"]).map(len).astype(str) for of in ("_old", "")]
+    few = counts[0] + " and " + counts[1] + f" rounds with a time; {LEAST_ROUNDS} are needed"
     changes = _changes(
         rows,
         ("x " + rows.baseline.astype(str)).where(by_ratio, rows.unit),
@@ -260,7 +238,7 @@ def _times(rows: pd.DataFrame, threshold: float) -> tuple[pd.DataFrame, dict[str
         new=rows.ratio.where(by_ratio, rows.p50),
         change=np.expm1(used.estimate),
         **intervals(used),
-        reason=np.where(unsure, counts, ""),
+        reason=few.where(unsure, ""),
     )
     deviations = {series: of and math.sqrt(of.variance) for series, of in noise.items()}
     return changes, deviations, len(told["ratios"]) or len(told["rounds"])

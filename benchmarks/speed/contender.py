@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -149,9 +150,9 @@ class Contender:
 
 
 def checkpoints(name: str, build: Build, **options: Any) -> list[Contender]:
-    """Contenders that save and load an optimizer's state, in memory: ``torch.save`` and ``torch.load``, with no disk."""
+    """Contenders that save and load an optimizer's state in memory: ``torch.save`` and ``torch.load``, with no disk."""
 
-    def checkpoint(params: Parameters, recipe: Recipe, loads: bool) -> Step:
+    def checkpoint(loads: bool, params: Parameters, recipe: Recipe) -> Step:
         step, buffer = build(params, recipe), io.BytesIO()
         step()
 
@@ -175,8 +176,6 @@ def checkpoints(name: str, build: Build, **options: Any) -> list[Contender]:
         save()
         return Step(load if loads else save, check=check)
 
-    options = {"most_elements": 10_000_000, **options}
-    return [
-        Contender(name, lambda params, recipe: checkpoint(params, recipe, False), quantity=SAVE, **options),
-        Contender(name, lambda params, recipe: checkpoint(params, recipe, True), quantity=LOAD, **options),
-    ]
+    both: dict[str, Any] = {"most_elements": 10_000_000, **options}
+    ways = ((SAVE, False), (LOAD, True))
+    return [Contender(name, partial(checkpoint, loads), quantity=quantity, **both) for quantity, loads in ways]

@@ -2,8 +2,7 @@
 
 ``python -m benchmarks.speed.exercise cuda`` trains odd sizes, unaligned and strided tensors, hundreds of tensors,
 several samples, both modes, a GradScaler's scale and overflow, with all dtypes, and the same on the processor: with the
-`cpu` backend, which equals `reference` and is quick enough, or with `reference` where that is missing or under test
-itself.
+`cpu` backend, which equals `reference` and is quick enough, or with `reference` where that is missing or under test.
 """
 
 from __future__ import annotations
@@ -15,13 +14,11 @@ import torch
 
 from ivon_kernels import IVON, available_backends
 
-_ARGS: dict[str, Any] = {"lr": 1e-2, "ess": 1e4, "hess_init": 1e-2}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHAPES: tuple[tuple[int, ...], ...] = ((), (0,), (1,), (3,), (1023,), (4099,), (7, 13), (64, 64))
 _MANY = 200  # further small tensors
 
 
-def parameters(dtype: torch.dtype, device: torch.device, many: int) -> list[torch.nn.Parameter]:
+def _parameters(dtype: torch.dtype, device: torch.device, many: int) -> list[torch.nn.Parameter]:
     """Aligned, unaligned and transposed parameters, the same values every time."""
     generator = torch.Generator().manual_seed(0)
 
@@ -32,38 +29,37 @@ def parameters(dtype: torch.dtype, device: torch.device, many: int) -> list[torc
     return [torch.nn.Parameter(value) for value in (*plain, values(2050)[1:], values(33, 20).t())]
 
 
-def _set_grads(params: list[torch.nn.Parameter], number: int, scale: float) -> None:
-    generator = torch.Generator().manual_seed(number)
-    for param in params:
-        grad = torch.empty(param.shape).uniform_(-0.01, 0.01, generator=generator)
-        param.grad = (grad * scale).to(param.dtype).to(param.device)
-
-
-def train(
-    backend: str, dtype: torch.dtype, device: torch.device, *, one_launch: bool, many: int = 0
+def _train(
+    backend: str, dtype: torch.dtype, device: torch.device, *, one_launch: bool, many: int
 ) -> list[torch.Tensor]:
     """Six steps; returns the weights and the state, on the CPU."""
-    params = parameters(dtype, device, many)
+    params = _parameters(dtype, device, many)
     half = len(params) // 2
-    groups: list[dict[str, Any]] = [
-        {"params": params[:half]},
-        {"params": params[half:], "hess_approx": "gradsq", "clip_radius": 1e-3},
-    ]
-    optimizer = IVON(groups, **_ARGS, seed=3, backend=backend, sample_in_step=one_launch, nonfinite="skip")
+    further: dict[str, Any] = {"params": params[half:], "hess_approx": "gradsq", "clip_radius": 1e-3}
+    args: dict[str, Any] = {"lr": 1e-2, "ess": 1e4, "hess_init": 1e-2, "nonfinite": "skip"}
+    groups = [{"params": params[:half]}, further]
+    optimizer = IVON(groups, **args, seed=3, backend=backend, sample_in_step=one_launch)
+
+    def set_grads(number: int, scale: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(number)
+        for param in params:
+            grad = torch.empty(param.shape).uniform_(-0.01, 0.01, generator=generator)
+            param.grad = (grad * scale).to(param.dtype).to(param.device)
+
     for number in range(3):  # one sample, the same tensor of gradients read at the step
         optimizer.train()
-        _set_grads(params, number, 1.0)
+        set_grads(number)
         if number == 1:
             params[4].grad = None
         optimizer.step()
     optimizer.discard_samples()  # the next one, which the step may have drawn already
     for sample in range(2):  # two samples
         with optimizer.sampled_params(train=True):
-            _set_grads(params, 10 + sample, 1.0)
+            set_grads(10 + sample)
     optimizer.step()
     for overflow in (1.0, 0.0):  # what a GradScaler sets: a skipped step, then a taken one
         optimizer.train()
-        _set_grads(params, 20, 8.0)
+        set_grads(20, 8.0)
         optimizer.grad_scale = torch.tensor(8.0, device=device)  # type: ignore[attr-defined]
         optimizer.found_inf = torch.tensor(overflow, device=device)  # type: ignore[attr-defined]
         optimizer.step()
@@ -82,10 +78,10 @@ def main(backend: str) -> int:
     many = 0 if dry else _MANY
     judge = "reference" if dry or available_backends()["cpu"] else "cpu"
     device, cpu = torch.device("cpu" if dry else "cuda"), torch.device("cpu")
-    for dtype in _DTYPES:
-        expected = train(judge, dtype, cpu, one_launch=False, many=many)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        expected = _train(judge, dtype, cpu, one_launch=False, many=many)
         for one_launch in (False, True):
-            actual = train(backend, dtype, device, one_launch=one_launch, many=many)
+            actual = _train(backend, dtype, device, one_launch=one_launch, many=many)
             if not all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True)):
                 print(f"{backend} differs from {judge}: {dtype}, sample_in_step={one_launch}")
                 return 1

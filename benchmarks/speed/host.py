@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.speed.clock import CpuClock
 from benchmarks.speed.contender import LARGE_STEPS, Build, Parameters, Step
-from benchmarks.speed.measure import Row, measurements, take_turns
+from benchmarks.speed.measure import Row, Session, measurements, take_turns
 from benchmarks.speed.peers import ONE_LAUNCH, adamw, ivon, keep_gradients
 from benchmarks.speed.record import Measurement
 from benchmarks.speed.workloads import WORKLOADS, Workload
@@ -57,14 +57,7 @@ def _emulator(optimization: str) -> tuple[tempfile.TemporaryDirectory[str], Cuda
 
 @contextlib.contextmanager
 def stub_launcher(optimization: str) -> Iterator[None]:
-    """The cuda backend takes CPU tensors, gathers and packs as on a GPU, and launches nothing.
-
-    Args:
-        optimization: The compiler's flag; ``-O0`` is compiled in a fifth of the time.
-
-    Raises:
-        RuntimeError: If no compiler makes such a library here.
-    """
+    """The cuda backend takes CPU tensors, gathers and packs as on a GPU, and launches nothing."""
     _, backend = _emulator(optimization)
     backend.library.ivon_cuda_set_stub(1)
     try:
@@ -136,7 +129,7 @@ def _measure(workload: Workload, rounds: int, repeats: int, optimization: str) -
     return measurements((PART, workload.name, "float32"), rows, "us")
 
 
-def measure(*, rounds: int, repeats: int, optimization: str = "-O2") -> list[Measurement]:
+def measure(*, rounds: int, repeats: int, optimization: str) -> list[Measurement]:
     """Microseconds per step of 128 and 450 tensors of 16x64, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -144,3 +137,15 @@ def measure(*, rounds: int, repeats: int, optimization: str = "-O2") -> list[Mea
         return [m for workload in TINY for m in _measure(workload, rounds, repeats, optimization)]
     finally:
         torch.set_num_threads(threads)
+
+
+def run(session: Session) -> None:
+    """Measures the host's share, without a device; the library of a dry run is compiled in a fifth of the time."""
+    dry_run, rounds = session.record.dry_run, min(session.options.rounds, 5)
+    with session.console.status("Host cost"):
+        found = (
+            measure(rounds=1, repeats=2, optimization="-O0")
+            if dry_run
+            else measure(rounds=rounds, repeats=1000, optimization="-O2")
+        )
+    session.record.replace_part(PART, found)

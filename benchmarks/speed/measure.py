@@ -12,8 +12,9 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.speed.clock import CpuClock
 from benchmarks.speed.contender import BASELINE, STEP, reason
-from benchmarks.speed.record import Measurement
+from benchmarks.speed.record import Measurement, Record
 
 Rounds = Sequence[Sequence[float]]  # the times of each round
 
@@ -33,6 +34,32 @@ class Budget:
         return Budget(max(self._end - time.monotonic(), 0.0) / parts)
 
 
+class Options(NamedTuple):
+    """How to measure; see the command's help."""
+
+    device: str
+    threads: int
+    rounds: int
+    turn_ms: float
+    seconds: float
+    max_elements: int
+    quick: bool
+    compiling: bool
+
+
+@dataclass
+class Session:
+    """A run under way."""
+
+    record: Record
+    clock: CpuClock
+    options: Options
+    budget: Budget  # of the part
+    console: Console
+    save: Callable[[str], object]  # writes the record with the settings of this part
+    wrong: dict[str, str] = field(default_factory=dict)  # what of ours was not right or failed, with the reason
+
+
 class Timing(NamedTuple):
     """Quantiles of all times, the median of each round, and the ratios to the baseline's medians."""
 
@@ -46,10 +73,10 @@ class Timing(NamedTuple):
 
 def timing(times: Rounds, baseline: Rounds | None = None) -> Timing:
     """Summary of the times of one entry; those of a baseline are from the same rounds."""
-    quantiles = np.quantile([value for part in times for value in part], (0.2, 0.5, 0.8)).tolist()
+    p20, p50, p80 = np.quantile([value for part in times for value in part], (0.2, 0.5, 0.8)).tolist()
     rounds = [statistics.median(part) for part in times]
     ratios = [own / statistics.median(base) for own, base in zip(rounds, baseline or (), strict=False)]
-    return Timing(*quantiles, rounds, ratios, statistics.median(ratios) if ratios else None)
+    return Timing(p20, p50, p80, rounds, ratios, statistics.median(ratios) if ratios else None)
 
 
 @dataclass
@@ -72,16 +99,12 @@ def take_turns(
     rounds: int,
     *,
     enough_time: Callable[[], bool] = lambda: True,
-    after: Callable[[], None] = lambda: None,
+    after: Callable[[], object] = lambda: None,
 ) -> None:
-    """One turn for each row, round after round; a row that fails keeps the reason and sits out.
+    """One turn for each row, round after round, if the time allows more than one; a row that fails sits out.
 
-    Args:
-        rows: Where the times go.
-        turn: Gives the times of the row with this number, by quantity, in the round with this number.
-        rounds: How many, if the time allows; at least one.
-        enough_time: Asked before every round but the first.
-        after: Called after every turn, and at the end for those that did not come about.
+    `turn` gives the times by quantity from the numbers of row and round. `after` is called after every turn, and at the
+    end for those that did not come about.
     """
     done = 0
     while done < rounds and (not done or enough_time()):
@@ -106,13 +129,8 @@ def measurements(
 ) -> list[Measurement]:
     """What was found of every quantity of every row, or why it was not.
 
-    The ratios are to the baseline's times of the same quantity, or of a whole step where it has none such.
-
-    Args:
-        place: Part, workload and dtype.
-        rows: After their turns.
-        unit: Of the times.
-        further: Other fields of a row's quantity, from its median time.
+    `place` are part, workload and dtype; `further` gives other fields of a row's quantity, from its median time. The
+    ratios are to the baseline's times of the same quantity, or of a whole step where it has none such.
     """
     base = {q: times for row in rows if row.name == BASELINE and row.error is None for q, times in row.times.items()}
     found = []
@@ -126,15 +144,6 @@ def measurements(
             fields |= further(row, quantity, fields.get("p50"))
             found.append(Measurement(*place, row.name, row.ours, quantity, unit, **fields))
     return found
-
-
-class Found(NamedTuple):
-    """What a part measured of one workload, and what of ours was not right or failed, with the reason."""
-
-    measurements: list[Measurement]
-    wrong: dict[str, str]
-    copy_gbps: float | None = None
-    skipped: str = ""  # why nothing was measured
 
 
 def progress(console: Console) -> Progress:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from benchmarks.environment import version
 from benchmarks.memory import PeakMemory
 from benchmarks.speed.clock import CpuClock
 from benchmarks.speed.contender import BASELINE, FOREACH, IVON_OPT, LORA, STEP, Contender
-from benchmarks.speed.measure import Found, Row, measurements, take_turns
+from benchmarks.speed.measure import Row, Session, measurements, take_turns
 from benchmarks.speed.peers import ONE_LAUNCH, PLAIN, lineup
 from benchmarks.speed.verify import Verifier, wrong
 from benchmarks.speed.workloads import Workload
@@ -41,24 +42,20 @@ class Job(NamedTuple):
     warm_up: int  # whole steps at the beginning of a turn that are not counted
 
 
-def _random_llama(dtype: torch.dtype, rank: int, vocabulary: int, **sizes: int) -> Callable[[torch.device], Any]:
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def _random_llama(dtype: torch.dtype, rank: int, sizes: tuple[int, ...], device: torch.device) -> Any:
     """A Llama with random weights and LoRA on q and v."""
+    import peft
+    import transformers
 
-    def build(device: torch.device) -> Any:
-        import peft
-        import transformers
-
-        with torch.device(device), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is renaming
-            heads = sizes["num_attention_heads"]
-            config: Any = transformers.LlamaConfig(
-                vocab_size=vocabulary, num_key_value_heads=heads, use_cache=False, **sizes
-            )
-            base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-            lora = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-            return peft.get_peft_model(base, lora)
-
-    return build
+    with torch.device(device), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is renaming
+        config = transformers.LlamaConfig(use_cache=False, **dict(zip(_SIZES, sizes, strict=True)))
+        base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        lora = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+        return peft.get_peft_model(base, lora)
 
 
 def _smollm2(device: torch.device) -> Any:
@@ -69,12 +66,11 @@ def _smollm2(device: torch.device) -> Any:
     return add_lora(model, seed=0)
 
 
-_LLAMA = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-_TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-LLAMA_2_7B = Job("llama-2-7b", _random_llama(torch.bfloat16, 8, 32000, **_LLAMA), 4, 320, warm_up=3)
+_LLAMA = partial(_random_llama, torch.bfloat16, 8, (32000, 4096, 11008, 32, 32))
+LLAMA_2_7B = Job("llama-2-7b", _LLAMA, 4, 320, warm_up=3)
 # No warm-up on a processor: a pass takes a second, whatever is in its caches.
 SMOLLM2 = Job("smollm2-135m", _smollm2, 8, 24, warm_up=0)
-TOY = Job("toy", _random_llama(torch.float32, 2, 64, **_TINY), 2, 8, warm_up=1)
+TOY = Job("toy", partial(_random_llama, torch.float32, 2, (64, 16, 32, 2, 2)), 2, 8, warm_up=1)
 
 
 def job_for(device: torch.device) -> Job:
@@ -82,14 +78,11 @@ def job_for(device: torch.device) -> Job:
     return SMOLLM2 if device.type == "cpu" else LLAMA_2_7B
 
 
-def contenders(device: torch.device) -> Sequence[Contender]:
+def contenders(device: torch.device) -> list[Contender]:
     """The optimizers; the first one is the baseline of the ratios."""
-
-    def chosen(contender: Contender) -> bool:
-        mode = contender.name.partition(", ")[2]
-        return mode in (PLAIN, ONE_LAUNCH) if contender.ours else contender.name in (BASELINE, FOREACH, IVON_OPT)
-
-    return [contender for contender in lineup(device) if contender.quantity == STEP and chosen(contender)]
+    modes, others = tuple(f", {mode}" for mode in (PLAIN, ONE_LAUNCH)), (BASELINE, FOREACH, IVON_OPT)
+    steps = [c for c in lineup(device) if c.quantity == STEP]
+    return [c for c in steps if (c.name.endswith(modes) if c.ours else c.name in others)]
 
 
 class Problem:
@@ -156,64 +149,55 @@ def _turn(contender: Contender, row: Row, problem: Problem, clock: CpuClock, num
     """A new optimizer from the start, and its steps on these batches."""
     problem.reset()
     clock.release()
-    optimizer = contender.build(problem.params, LORA)
-    optimizer.begin()  # state is made in the first step, which needs no passes
-    problem.give_gradients()
-    optimizer.finish()
-    optimizer.optimizer.zero_grad()
+    step = contender.build(problem.params, LORA)
 
-    def step(number: int) -> tuple[float, float, float]:
+    def finish() -> None:
+        step.finish()
+        step.optimizer.zero_grad()
+
+    step.begin()  # state is made in the first step, which needs no passes
+    problem.give_gradients()
+    finish()
+
+    def train(number: int) -> tuple[float, float, float]:
         clock.synchronize()
         begin, marks = time.perf_counter(), [clock.mark()]
-        optimizer.begin()
-        marks.append(clock.mark())
-        problem.loss(number).backward()
-        marks.append(clock.mark())
-        optimizer.finish()
-        optimizer.optimizer.zero_grad()
-        marks.append(clock.mark())
+        for part in (step.begin, lambda: problem.loss(number).backward(), finish):
+            part()
+            marks.append(clock.mark())
         clock.synchronize()
         whole = (time.perf_counter() - begin) * 1e3
         before, passes, after = map(clock.span_ms, marks, marks[1:])
         return whole, passes, before + after
 
     for _ in range(problem.job.warm_up):
-        step(numbers[0])
+        train(numbers[0])
     with PeakMemory(clock.device) as peak:
-        times = [step(number) for number in numbers]
+        times = [train(number) for number in numbers]
     row.peaks.append(peak.highest or 0)
     return {quantity: list(values) for quantity, values in zip(QUANTITIES, zip(*times, strict=True), strict=True)}
 
 
-def measure(
-    job: Job,
-    clock: CpuClock,
-    *,
-    rounds: int,
-    steps: int,
-    enough_time: Callable[[], bool],
-    tick: Callable[[], None] = lambda: None,
-) -> Found:
-    """Verifies the optimizers, then times the whole step with each in turn, round after round.
+def run(session: Session) -> None:
+    """A whole finetuning step: of SmolLM2 on a processor, of a Llama-2-7B on a GPU."""
+    options, dry_run, on_cpu = session.options, session.record.dry_run, session.clock.kind == "cpu"
+    job = TOY if dry_run else job_for(session.clock.device)
+    rounds = min(options.rounds, 3) if options.quick else options.rounds
+    count = 2 if dry_run or (on_cpu and options.quick) else 3 if on_cpu else 10
+    with session.console.status("Whole finetuning step"):
+        measure(session, job, rounds, count)
 
-    Args:
-        job: Model and batch.
-        clock: The device's.
-        rounds: Turns of each optimizer, if the time allows; at least one.
-        steps: Counted steps of a turn.
-        enough_time: Asked before every round but the first.
-        tick: Called `rounds` times for each optimizer.
 
-    Returns:
-        A measurement of each of :data:`QUANTITIES` for each optimizer, or why there is none.
-    """
-    for package in ("transformers", "peft"):
-        if version(package) is None:
-            return Found([], {}, skipped=f"{package} is not installed")
+def measure(session: Session, job: Job, rounds: int, steps: int) -> None:
+    """Verifies the optimizers, then times each of :data:`QUANTITIES` with each in turn, `steps` times in each round."""
+    clock, record = session.clock, session.record
     try:
+        if missing := [package for package in ("transformers", "peft") if version(package) is None]:
+            raise UserError(f"{missing[0]} is not installed")
         problem = Problem(job, clock.device)
     except UserError as error:
-        return Found([], {}, skipped=str(error))
+        record.replace_part(PART, [], [("a whole finetuning step", str(error))])
+        return
     verifier = Verifier(problem.tensors(), problem.params[0].dtype, clock.device, problem.elements, LORA)
     chosen = contenders(clock.device)
     rows = verifier.rows(chosen, Contender.missing)
@@ -221,20 +205,16 @@ def measure(
     gc.collect()
 
     def turn(number: int, done: int) -> dict[str, list[float]]:
-        numbers = range(done * steps, (done + 1) * steps)
-        return _turn(chosen[number], rows[number], problem, clock, numbers)
-
-    def after() -> None:
-        gc.collect()
-        tick()
+        return _turn(chosen[number], rows[number], problem, clock, range(done * steps, (done + 1) * steps))
 
     def further(row: Row, quantity: str, median: float | None) -> dict[str, Any]:
         """The peak, the model included, is the whole step's."""
         known = row.peaks and quantity == WHOLE
         return {"peak_bytes_per_element": max(row.peaks) / problem.elements if known else None}
 
-    take_turns(rows, turn, rounds, enough_time=enough_time, after=after)
+    take_turns(rows, turn, rounds, enough_time=session.budget.left, after=gc.collect)
+    session.wrong |= wrong(chosen, rows)
     for row in rows:
         row.quantities = QUANTITIES
     place = (PART, f"{job.name} finetuning step", problem.dtype)
-    return Found(measurements(place, rows, further=further), wrong(chosen, rows))
+    record.replace_part(PART, measurements(place, rows, further=further))

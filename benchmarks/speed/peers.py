@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ from benchmarks.speed.contender import (
     Recipe,
     Step,
     checkpoints,
-    nothing,
 )
 from ivon_kernels import IVON, available_backends, noise
 from ivon_kernels.backends.reference import draw_weights, update
@@ -85,50 +84,43 @@ def adamw(place: str, prepare: Callable[[Any], object] = lambda optimizer: None,
     return build
 
 
-def _heavyball(compiled: bool) -> Build:
-    def build(params: Parameters, recipe: Recipe) -> Step:
-        heavyball: Any = import_module("heavyball")
-        if not compiled:
-            heavyball.utils.compile_mode = None
-        optimizer = heavyball.AdamW(params, **recipe.adamw)
-        return Step(optimizer.step, begin=keep_gradients(params), optimizer=optimizer)
-
-    return build
+def _heavyball(compiled: bool, params: Parameters, recipe: Recipe) -> Step:
+    heavyball: Any = import_module("heavyball")
+    if not compiled:
+        heavyball.utils.compile_mode = None
+    optimizer = heavyball.AdamW(params, **recipe.adamw)
+    return Step(optimizer.step, begin=keep_gradients(params), optimizer=optimizer)
 
 
-def _ivon_opt(samples: int = 1, evaluation: bool = False) -> Build:
+def _ivon_opt(params: Parameters, recipe: Recipe, samples: int = 1, evaluation: bool = False) -> Step:
     """The original implementation, used as its documentation shows."""
+    import ivon
 
-    def build(params: Parameters, recipe: Recipe) -> Step:
-        import ivon
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="ivon")  # about torch, on every construction
+        optimizer = ivon.IVON(params, **recipe.ivon, mc_samples=samples)
+    put_back, block = keep_gradients(params), ExitStack()
 
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="ivon")  # about torch, on every construction
-            optimizer = ivon.IVON(params, **recipe.ivon, mc_samples=samples)
-        put_back, block = keep_gradients(params), ExitStack()
+    def begin() -> None:
+        for number in range(samples):
+            if number:
+                block.close()
+            block.enter_context(optimizer.sampled_params(train=True))
+            put_back()
 
-        def begin() -> None:
-            for number in range(samples):
-                if number:
-                    block.close()
-                block.enter_context(optimizer.sampled_params(train=True))
-                put_back()
+    def finish() -> None:
+        block.close()
+        optimizer.step()
 
-        def finish() -> None:
-            block.close()
-            optimizer.step()
+    def evaluate() -> None:
+        with optimizer.sampled_params():
+            pass
 
-        def evaluate() -> None:
-            with optimizer.sampled_params():
-                pass
-
-        return Step(evaluate if evaluation else finish, nothing if evaluation else begin, optimizer=optimizer)
-
-    return build
+    return Step(evaluate, optimizer=optimizer) if evaluation else Step(finish, begin, optimizer=optimizer)
 
 
 def equation_normals(like: Tensor, count: Tensor) -> Tensor:
-    """:func:`ivon_kernels.noise.normals` of a step, an int64 scalar on the device: a number would compile every step."""
+    """:func:`ivon_kernels.noise.normals` of a step, an int64 on the device: a number would compile every step anew."""
     block = torch.arange((like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
     zeros = torch.zeros_like(block)
     words = noise.philox4x32(torch.stack((block, zeros, zeros + count, zeros), dim=-1), (0, 0)).unbind(-1)
@@ -149,7 +141,8 @@ def _equation_update(param: Tensor, grad: Tensor, state: Sequence[Tensor], count
 
 @cache
 def _compiled() -> tuple[Callable[..., None], ...]:
-    return tuple(torch.compile(function, dynamic=True) for function in (_equation_sample, _equation_update))
+    functions = (_equation_sample, _equation_update)
+    return tuple(torch.compile(function, dynamic=True) for function in functions)  # once for all sizes
 
 
 def _equations(params: Parameters, recipe: Recipe) -> Step:
@@ -160,7 +153,7 @@ def _equations(params: Parameters, recipe: Recipe) -> Step:
     compiler contracts and approximates.
     """
     sample, update_ = _compiled()
-    k = group_scalars(IVON(params, **recipe.ivon).defaults, 1.0, 1)
+    k = group_scalars(IVON([torch.nn.Parameter(torch.zeros(1))], **recipe.ivon).defaults, 1.0, 1)
     flat = torch.cat([param.detach().flatten() for param in params])
     grad = torch.cat([param.grad.flatten() for param in params if param.grad is not None])
     for param in params:  # the flat copies replace them
@@ -182,7 +175,6 @@ def peers(device: torch.device) -> list[Contender]:
     """All of them; some have other kernels, or another name, on a GPU."""
     gpu = device.type == "cuda"
     fused = adamw("torch.optim:AdamW", fused=True)
-    loop = adamw("torch.optim:AdamW", foreach=False, fused=False)
     schedule_free = adamw("schedulefree:AdamWScheduleFree", prepare=lambda optimizer: optimizer.train())
     moments, eight_bits, unchecked = ("adamw",), ("adamw, 8-bit moments",), ("sample, no check for edits",)
     four = (*unchecked * 4, "clear sums", *("accumulate",) * 3, "step", "read sums")
@@ -197,16 +189,16 @@ def peers(device: torch.device) -> list[Contender]:
     return [
         Contender(BASELINE, fused, moments, **exact),
         Contender(FOREACH, adamw("torch.optim:AdamW", foreach=True), moments, **exact),
-        Contender("AdamW (loop)", loop, moments, **exact),
+        Contender("AdamW (loop)", adamw("torch.optim:AdamW", foreach=False, fused=False), moments, **exact),
         *checkpoints(BASELINE, fused),
         # Tensors below 4096 elements keep 32 bits, as torchao's.
         Contender("bitsandbytes AdamW8bit", bitsandbytes, eight_bits, package="bitsandbytes", **near),
         # Its epsilon is in another place.
-        Contender(heavyball, _heavyball(gpu), moments, package="heavyball", compiles=gpu, **near),
-        Contender(IVON_OPT, _ivon_opt(), (*unchecked, "step"), **ivon),
-        Contender(f"{IVON_OPT}, 4 samples", _ivon_opt(4), four, **ivon),
-        Contender(IVON_OPT, _ivon_opt(evaluation=True), (*unchecked, "restore"), EVALUATION, **ivon),
-        *checkpoints(IVON_OPT, _ivon_opt(), **ivon),
+        Contender(heavyball, partial(_heavyball, gpu), moments, package="heavyball", compiles=gpu, **near),
+        Contender(IVON_OPT, _ivon_opt, (*unchecked, "step"), **ivon),
+        Contender(f"{IVON_OPT}, 4 samples", partial(_ivon_opt, samples=4), four, **ivon),
+        Contender(IVON_OPT, partial(_ivon_opt, evaluation=True), (*unchecked, "restore"), EVALUATION, **ivon),
+        *checkpoints(IVON_OPT, _ivon_opt, **ivon),
         Contender(f"optimi AdamW{' (triton)' * gpu}", optimi, ("adamw", "kahan"), package="torch-optimi", **exact),
         Contender("IVON equations, torch.compile", _equations, (*unchecked, "step"), **compiled),
         # It interpolates weights: its update is not AdamW's.
@@ -221,11 +213,11 @@ Steps = Callable[[IVON, Parameters], Step]
 
 
 class Mode(NamedTuple):
-    """A way to use the optimizer."""
+    """A way to use the optimizer: its step, what it moves, and the mode in which the reference has the same bits."""
 
     steps: Steps
     operations: tuple[str, ...]
-    expected: str  # the mode in which the reference backend has the same bits
+    expected: str
 
 
 def _plain(optimizer: IVON, params: Parameters) -> Step:

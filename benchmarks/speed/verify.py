@@ -29,15 +29,7 @@ _STATE = ("mean", "momentum", "hess")
 
 
 class Verifier:
-    """Knows what one workload's results must be.
-
-    Args:
-        workload: The tensors.
-        dtype: Theirs.
-        device: Theirs.
-        reference_elements: About how many the reference computes as well.
-        recipe: The optimizers' hyperparameters.
-    """
+    """Knows what one workload's results must be; the reference computes about `reference_elements` of them as well."""
 
     def __init__(
         self,
@@ -69,12 +61,9 @@ class Verifier:
         unable: Callable[[Contender], str | None],
         clean: Callable[[], object] = gc.collect,
     ) -> list[Row]:
-        """A row for each contender, with why it is not to be timed.
+        """A row for each contender, with why it is not to be timed: it is `unable` to run, or wrong.
 
-        Args:
-            contenders: What is checked.
-            unable: Why one cannot or shall not run, or None.
-            clean: Gives memory back; an optimizer may refer to itself, and the next may need what it held.
+        `clean` gives memory back: an optimizer may refer to itself, and the next may need what it held.
         """
         rows = []
         for contender in contenders:
@@ -85,8 +74,6 @@ class Verifier:
                 clean()
             rows.append(row)
         return rows
-
-    # ---- ours --------------------------------------------------------------------------------------------------------
 
     def _check_bits(self, contender: Contender) -> None:
         expected = self._expected(contender.expected)
@@ -136,8 +123,6 @@ class Verifier:
         if not torch.equal(param.detach()[start:], expected.to(param.dtype)):
             raise WrongError("the sample of the last elements differs from mean and noise")
 
-    # ---- peers -------------------------------------------------------------------------------------------------------
-
     def _check_peer(self, contender: Contender) -> None:
         """On the workload's first tensors: a peer's code is the same for all of them."""
         params = self._some_parameters()
@@ -147,13 +132,13 @@ class Verifier:
             step.check()
             return
         read = step.tensors or (lambda: [param.detach() for param in params])
-        for number in range(STEPS):
+        for number in range(1, STEPS + 1):
             before = [value.clone() for value in read()]
             step()
             if all(map(torch.equal, before, read())):
-                raise WrongError(f"step {number + 1} changed no weight")
+                raise WrongError(f"step {number} changed no weight")
             if not all(bool(value.isfinite().all()) for value in read()):
-                raise WrongError(f"step {number + 1} left weights that are not finite")
+                raise WrongError(f"step {number} left weights that are not finite")
         if contender.like_adamw is not None:
             times = contender.like_adamw(torch.cat([v.flatten() for v in read()]), self._adamw(), self.recipe)
             if not times <= 1:

@@ -14,15 +14,15 @@ from typer.testing import CliRunner
 
 from benchmarks import UserError
 from benchmarks.__main__ import app
-from benchmarks.speed import contender, exercise, host, peers, run, verify, workloads
+from benchmarks.speed import contender, exercise, host, peers, steps, verify, workloads
 from benchmarks.speed.clock import CpuClock
 from benchmarks.speed.contender import STEP, Build, Contender, Parameters, Recipe, Step
 from benchmarks.speed.measure import Budget, timing
 from benchmarks.speed.record import Measurement, Record, read
 from benchmarks.speed.report import write
-from benchmarks.speed.steps import Comparer
 from ivon_kernels import noise
 from tests.support import cuda_emulator
+from tests.support.speed import session
 
 CPU = torch.device("cpu")
 LAYER, FLAT = workloads.DRY_WORKLOADS
@@ -40,8 +40,8 @@ def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def few_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "DRY_WORKLOADS", (LAYER,))
-    monkeypatch.setattr(run, "DTYPES", {"bfloat16": torch.bfloat16})
+    monkeypatch.setattr(steps, "DRY_WORKLOADS", (LAYER,))
+    monkeypatch.setattr(steps, "DTYPES", {"bfloat16": torch.bfloat16})
 
 
 def call(out: Path, *options: str) -> tuple[int, str]:
@@ -65,7 +65,7 @@ def test_command_measures_checks_and_records(tmp_path: Path, monkeypatch: pytest
     known = peers.peers
     more = [Contender("broken", broken), Contender("absent", broken, package="no-such-distribution")]
     monkeypatch.setattr(peers, "peers", lambda device: [*known(device), *more])
-    monkeypatch.setattr(run, "DRY_WORKLOADS", (LAYER,))
+    monkeypatch.setattr(steps, "DRY_WORKLOADS", (LAYER,))
     code, output = call(tmp_path, "--parts=steps,model", "--rounds=2")
     assert code == 0, output
     record = json.loads((tmp_path / "speed.json").read_text())
@@ -249,8 +249,8 @@ def test_workloads_are_those_of_the_issue() -> None:
         **{f"flat-{name}": (1, n) for name, n in (("1M", 10**6), ("10M", 10**7), ("100M", 10**8), ("1B", 10**9))},
     }
     assert set(workloads.QUICK) < set(sizes)
-    options = run.Options("cpu", 1, 1, 1.0, 1.0, max_elements=5 * 10**6, quick=True, compiling=False)
-    kept = [w.name for w in workloads.WORKLOADS if not run.left_out(w, options, CpuClock())]
+    quick = session(CpuClock(), max_elements=5 * 10**6, quick=True)
+    kept = [w.name for w in workloads.WORKLOADS if not steps.left_out(quick, w)]
     assert kept == ["llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "450-tiny", "flat-1M"]
 
 
@@ -300,7 +300,7 @@ def test_host_rows_have_quantiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         host, "_emulator", lambda optimization: (None, cuda_emulator.emulator())
     )  # compiled for other tests too
-    found = host.measure(rounds=2, repeats=2)
+    found = host.measure(rounds=2, repeats=2, optimization="-O0")
     assert {m.workload for m in found} == {"128-tiny"}
     for m in found:
         assert m.error is None and m.p50 and len(m.rounds) == 2
@@ -310,7 +310,7 @@ def test_host_rows_without_a_compiler_say_so(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(host, "TINY", host.TINY[:1])
     monkeypatch.setattr(host.shutil, "which", lambda name: None)
     host._emulator.cache_clear()
-    errors = {m.contender: m.error for m in host.measure(rounds=1, repeats=2)}
+    errors = {m.contender: m.error for m in host.measure(rounds=1, repeats=2, optimization="-O0")}
     assert "no C++ compiler" in str(errors[host.PATH]) and list(errors.values()).count(None) == 2
 
 
@@ -331,12 +331,12 @@ def test_a_contender_that_does_not_fit_or_takes_too_long_is_a_row(monkeypatch: p
         Contender("large", adamw(), bytes_needed=101),
         Contender("slow", adamw(), most_elements=383),
     )
-    comparison = Comparer(clock, some, rounds=3, turn_ms=1.0)(LAYER, "float32", Budget(0.0))
-    fused, large, slow = comparison.measurements
+    running = session(clock, rounds=3)
+    (fused, large, slow), _ = steps.compare(running, some, LAYER, "float32", Budget(0.0))
     assert len(fused.rounds) == 1  # the time was up, but a round is finished
     assert fused.bytes_per_element == 28 and fused.gbps and fused.copy_share
     assert "GiB of memory" in str(large.error) and "takes too long" in str(slow.error)
-    assert comparison.wrong == {}
+    assert running.wrong == {}
 
 
 def test_a_step_is_prepared_before_it_is_timed() -> None:

@@ -16,12 +16,12 @@ import torch
 from benchmarks.speed import model, peers
 from benchmarks.speed.clock import DryClock
 from benchmarks.speed.contender import BASELINE, FOREACH, IVON_OPT, LORA, Build, Contender, Parameters, Recipe, Step
-from benchmarks.speed.measure import Found
+from benchmarks.speed.measure import Session
 from benchmarks.speed.peers import ONE_LAUNCH, PLAIN, adamw, our_name, rounding
-from benchmarks.speed.record import Record
 from benchmarks.speed.report import model_table
 from benchmarks.speed.verify import Verifier
 from ivon_kernels import IVON
+from tests.support.speed import session
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -36,9 +36,10 @@ def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # its contenders take seconds for a step
 
 
-def measured(**options: object) -> Found:
-    settings = {"rounds": 2, "steps": 2, "enough_time": lambda: True, **options}
-    return model.measure(model.TOY, DryClock(), **settings)  # type: ignore[arg-type]
+def measured(rounds: int = 2, seconds: float = 600.0) -> Session:
+    running = session(DryClock(), seconds=seconds)
+    model.measure(running, model.TOY, rounds, steps=2)
+    return running
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,11 @@ def problem() -> model.Problem:
 
 
 def test_every_optimizer_is_timed_whole_and_in_parts() -> None:
-    ticks: list[None] = []
-    found = measured(tick=lambda: ticks.append(None))
+    running = measured()
+    found = running.record
     names = [BASELINE, our_name("cpu", PLAIN), our_name("cpu", ONE_LAUNCH), FOREACH, IVON_OPT]
-    assert not found.skipped
-    assert found.wrong == {}
-    assert len(ticks) == 2 * len(names)
+    assert not found.left_out
+    assert running.wrong == {}
     assert [(m.contender, m.quantity) for m in found.measurements] == [(n, q) for n in names for q in model.QUANTITIES]
     of = {(m.contender, m.quantity): m for m in found.measurements}
     for m in found.measurements:
@@ -66,14 +66,14 @@ def test_every_optimizer_is_timed_whole_and_in_parts() -> None:
     for name in names:
         whole, passes, part = (of[name, quantity].p20 or 0.0 for quantity in model.QUANTITIES)
         assert whole >= max(passes, part)
-    table = model_table(Record(device={}, measurements=found.measurements).measured())
+    table = model_table(found.measured())
     assert list(table.optimizer.unique()) == names
     shares = table[table.quantity == model.OPTIMIZER].share
     assert len(shares) == len(names) and all(0 < float(share.rstrip("%")) < 100 for share in shares)
 
 
 def test_the_time_ends_the_rounds_after_the_first() -> None:
-    found = measured(enough_time=lambda: False)
+    found = measured(seconds=0.0).record
     assert {len(m.rounds) for m in found.measurements} == {1}
 
 
@@ -152,18 +152,20 @@ def test_one_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch
         Contender("sound", adamw("torch.optim:AdamW", foreach=True)),
     )
     monkeypatch.setattr(model, "contenders", lambda device: every)
-    found = measured(rounds=1)
+    running = measured(rounds=1)
+    found = running.record
     errors = {m.contender: m.error for m in found.measurements}
     reason = "RuntimeError: no such thing"
     assert errors == {BASELINE: reason, "ours": reason, "absent": "no-such-package is not installed", "sound": None}
-    assert found.wrong == {"ours": reason}
+    assert running.wrong == {"ours": reason}
     assert [m.ratio for m in found.measurements] == [None] * 12
-    assert set(model_table(Record(device={}, measurements=found.measurements).measured()).optimizer) == {"sound"}
+    assert set(model_table(found.measured()).optimizer) == {"sound"}
 
 
 def test_a_missing_model_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "version", lambda package: None)
-    assert measured().skipped == "transformers is not installed"
+    (skipped,) = measured().record.left_out
+    assert skipped == {"part": "model", "what": "a whole finetuning step", "why": "transformers is not installed"}
     assert model.job_for(CPU).name == "smollm2-135m"
     assert model.job_for(torch.device("cuda")).name == "llama-2-7b"
 

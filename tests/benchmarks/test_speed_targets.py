@@ -10,8 +10,8 @@ import pytest
 from benchmarks.speed import host
 from benchmarks.speed.clock import KERNEL
 from benchmarks.speed.contender import BASELINE, IVON_OPT, STEP
-from benchmarks.speed.peers import ONE_LAUNCH, PLAIN, our_name
 from benchmarks.speed.model import WHOLE
+from benchmarks.speed.peers import ONE_LAUNCH, PLAIN, our_name
 from benchmarks.speed.record import Measurement, Record
 from benchmarks.speed.report import dispatch_table
 from benchmarks.speed.steps import GROWTH, STATE
