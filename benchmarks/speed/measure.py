@@ -125,23 +125,23 @@ def measurements(
     place: tuple[str, str, str],
     rows: Sequence[Row],
     unit: str = "ms",
-    further: Callable[[Row, str, float | None], dict[str, Any]] = lambda row, quantity, median: {},
+    further: Callable[[int, str, float | None], dict[str, Any]] = lambda number, quantity, median: {},
 ) -> list[Measurement]:
     """What was found of every quantity of every row, or why it was not.
 
-    `place` are part, workload and dtype; `further` gives other fields of a row's quantity, from its median time. The
-    ratios are to the baseline's times of the same quantity, or of a whole step where it has none such.
+    `place` are part, workload and dtype; `further` gives other fields from a row's number, the quantity and its median
+    time. The ratios are to the baseline's times of the same quantity, or of a whole step where it has none such.
     """
     base = {q: times for row in rows if row.name == BASELINE and row.error is None for q, times in row.times.items()}
     found = []
-    for row in rows:
+    for number, row in enumerate(rows):
         for quantity in row.times if row.error is None else row.quantities:
             fields: dict[str, Any] = {"error": row.error}
             if row.error is None:
                 name = BASELINE if quantity in base else f"{BASELINE}, {STEP}"
                 fields |= timing(row.times[quantity], base.get(quantity, base.get(STEP)))._asdict()
                 fields |= {"baseline": name if base else None}
-            fields |= further(row, quantity, fields.get("p50"))
+            fields |= further(number, quantity, fields.get("p50"))
             found.append(Measurement(*place, row.name, row.ours, quantity, unit, **fields))
     return found
 

@@ -52,7 +52,8 @@ def _random_llama(dtype: torch.dtype, rank: int, sizes: tuple[int, ...], device:
 
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers is renaming
-        config = transformers.LlamaConfig(use_cache=False, **dict(zip(_SIZES, sizes, strict=True)))
+        named: dict[str, Any] = dict(zip(_SIZES, sizes, strict=True))
+        config = transformers.LlamaConfig(use_cache=False, **named)
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         lora = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=["q_proj", "v_proj"])
         return peft.get_peft_model(base, lora)
@@ -207,10 +208,10 @@ def measure(session: Session, job: Job, rounds: int, steps: int) -> None:
     def turn(number: int, done: int) -> dict[str, list[float]]:
         return _turn(chosen[number], rows[number], problem, clock, range(done * steps, (done + 1) * steps))
 
-    def further(row: Row, quantity: str, median: float | None) -> dict[str, Any]:
+    def further(number: int, quantity: str, median: float | None) -> dict[str, Any]:
         """The peak, the model included, is the whole step's."""
-        known = row.peaks and quantity == WHOLE
-        return {"peak_bytes_per_element": max(row.peaks) / problem.elements if known else None}
+        peaks = rows[number].peaks if quantity == WHOLE else ()
+        return {"peak_bytes_per_element": max(peaks) / problem.elements if peaks else None}
 
     take_turns(rows, turn, rounds, enough_time=session.budget.left, after=gc.collect)
     session.wrong |= wrong(chosen, rows)

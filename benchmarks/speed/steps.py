@@ -123,13 +123,13 @@ def compare(
         gc.unfreeze()
     failures = wrong(contenders, rows)
     session.wrong |= {f"{workload.name}, {dtype_name}, {contender}": why for contender, why in failures.items()}
-    moved = {id(row): c.bytes_per_element(dtype) for c, row in zip(contenders, rows, strict=True)}
 
-    def further(row: Row, quantity: str, median: float | None) -> dict[str, Any]:
+    def further(number: int, quantity: str, median: float | None) -> dict[str, Any]:
         """What moves: of a whole step in one of its kinds."""
+        row, moved = rows[number], contenders[number].bytes_per_element(dtype)
         if median is None:
-            return {"bytes_per_element": moved[id(row)]}
-        moving = moved[id(row)] if quantity == (clock.moving if STEP in row.quantities else quantity) else None
+            return {"bytes_per_element": moved}
+        moving = moved if quantity == (clock.moving if STEP in row.quantities else quantity) else None
         gbps = None if moving is None else moving * workload.elements / median / 1e6
         share = None if gbps is None else gbps / copied
         peak = statistics.median(row.peaks) / workload.elements if row.peaks and quantity == STEP else None
