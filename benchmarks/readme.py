@@ -16,8 +16,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.finetune import report
-from benchmarks.quality.summary import IN, METRICS, SHIFT, Summary
-from benchmarks.quality.tables import bold, mark, number
+from benchmarks.quality.summary import COST, IN, METRICS, SHIFT, Summary, bold, mark, number
 from benchmarks.speed.record import read
 from benchmarks.tables import NOTHING, markdown
 
@@ -66,7 +65,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _title(group: str, key: str) -> str:
-    return METRICS[key].title + (", shift" if group == SHIFT else "")
+    return METRICS[key] + (", shift" if group == SHIFT else "")
 
 
 def quality(results: Path, study: str, only: tuple[str, ...] = ()) -> str:
@@ -80,8 +79,8 @@ def quality(results: Path, study: str, only: tuple[str, ...] = ()) -> str:
         leader = next(method for method in summary.ranking(task, group, key) if method in shown)
         best = scores[shown.index(leader)]
         table[_title(group, key)] = [bold(number(score), score == best) for score in scores]
-    passes = [summary.cost(task, method, "passes") for method in shown]
-    table["passes"] = [NOTHING if each is None else f"{each.mean:.0f}" for each in passes]
+    passes = [summary.score(task, COST, method, "passes") for method in shown]
+    table["passes"] = [f"{each.mean:.0f}" if each.seeds else NOTHING for each in passes]
     return markdown(pd.DataFrame(table))
 
 

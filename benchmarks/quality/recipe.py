@@ -18,7 +18,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,11 @@ from torch import Tensor
 from benchmarks import UserError
 from benchmarks.finetune.tasks import find_task
 from benchmarks.quality import recipe_report
-from benchmarks.quality.bench import scores_of
-from benchmarks.quality.cells import Content, key_of, write_record
+from benchmarks.quality.bench import Content, Tensors, scores_of
 from benchmarks.quality.method import Hyper
 from benchmarks.quality.methods.ivon import FROZEN, optimizer, posterior_of, predict_each, state_of
 from benchmarks.quality.settings import SEARCH_SEED, Settings
-from benchmarks.quality.workshop import Workshop
+from benchmarks.quality.workshop import Workshop, key_of
 
 RECORD, JOURNAL = "recipe.json", "optuna.log"
 CLIP = 1e-3
@@ -59,16 +58,9 @@ EVERYWHERE, NEAR = "everywhere", "near the best"
 
 @dataclass(frozen=True)
 class Plan:
-    """How many settings a search tries, and how many it runs again.
+    """How many settings a search tries all over the space and around the best of these, and how many it runs again.
 
-    Attributes:
-        trials: Tried all over the space.
-        refine: Tried around the best of these.
-        best: Of all, run again with other seeds.
-        given: Tried instead of a search, with as many samples as the confirmations have; see `parse`.
-
-    Raises:
-        UserError: There is nothing to try, or a number is negative.
+    Settings that are `given`, each as `parse` reads it, are tried instead, with as many samples as the confirmations.
     """
 
     trials: int
@@ -77,24 +69,19 @@ class Plan:
     given: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.given:
-            if self.best < 0:
-                raise UserError(f"--best must be at least 0, not {self.best}.")
-        elif min(self.trials, self.best) < 1 or self.refine < 0:
+        if self.given and self.best < 0:
+            raise UserError(f"--best must be at least 0, not {self.best}.")
+        if not self.given and (min(self.trials, self.best) < 1 or self.refine < 0):
             raise UserError("--trials and --best must be at least 1, and --refine at least 0.")
 
     def record(self) -> Content:
-        """As JSON can hold it."""
-        search = {"given": list(self.given)} if self.given else {"trials": self.trials, "refine": self.refine}
-        return {"best": self.best, **search}
+        """As JSON can hold it, without what it does not use."""
+        unused = ("trials", "refine") if self.given else ("given",)
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
 
 def parse(text: str) -> Hyper:
-    """Settings from ``STEP,SIGMA,HESS_INIT,BETA2``, as in ``1e-3,0.06,0.04,0.999``.
-
-    Raises:
-        UserError: It is not four numbers in their ranges.
-    """
+    """Settings from ``STEP,SIGMA,HESS_INIT,BETA2``, as in ``1e-3,0.06,0.04,0.999``."""
     try:
         step, sigma, hess_init, beta2 = (float(part) for part in text.split(","))
     except ValueError:
@@ -165,85 +152,66 @@ class Proposals:
         return [trial for trial in self._study.get_trials(deepcopy=False) if trial.user_attrs.get("stage") == stage]
 
 
-class Recipe:
+class Recipe(Workshop):
     """The search on one task, the first of the settings."""
 
-    def __init__(self, settings: Settings, workshop: Workshop) -> None:
-        self.task, self._workshop = settings.tasks[0], workshop
-        self._seeds = range(SEARCH_SEED + 1, SEARCH_SEED + 1 + len(settings.seeds))
-        self._few = settings.amounts.search_samples
-
-    def search(self, plan: Plan, proposals: Proposals) -> tuple[bool, list[Content]]:
+    def search(self, plan: Plan) -> tuple[bool, list[Content]]:
         """Tries settings, one seed each: whether Ctrl-C left it all, and the runs that did not fail."""
-        hypers = [of_main_job(self.task)]
+        task = self.settings.tasks[0]
+        hypers = [of_main_job(task), *map(parse, plan.given)]
         if plan.given:
-            hypers += [parse(text) for text in plan.given]
-            return self._do(TRIED, hypers, max(SAMPLES)), self.found(TRIED, hypers)
-        finished = True
+            return self.runs(TRIED, hypers, max(SAMPLES))
+        proposals = Proposals(self.settings.out, task, self.cells.lock("proposals"))
+        finished, found = True, list[Content]()
         for stage, count in ((EVERYWHERE, plan.trials), (NEAR, plan.refine)):
             if finished:
                 hypers += [hyper for hyper in proposals.draw(stage, count) if hyper not in hypers]
-                finished = self._do(TRIED, hypers, self._few)
-                proposals.tell(self.found(TRIED, hypers))
-        return finished, self.found(TRIED, hypers)
+                finished, found = self.runs(TRIED, hypers, self.settings.amounts.search_samples)
+                proposals.tell(found)
+        return finished, found
 
-    def confirm(self, hypers: Sequence[Hyper]) -> tuple[bool, list[Content]]:
-        """Runs settings with other seeds and more samples."""
-        return self._do(CONFIRMED, hypers, max(SAMPLES)), self.found(CONFIRMED, hypers)
+    def runs(self, kind: str, hypers: Sequence[Hyper], samples: int) -> tuple[bool, list[Content]]:
+        """Runs settings, those to confirm with other seeds: whether Ctrl-C left it all, and what did not fail."""
+        others = range(SEARCH_SEED + 1, SEARCH_SEED + 1 + len(self.settings.seeds))
+        names, parts = [], []
+        for seed in [SEARCH_SEED] if kind == TRIED else others:
+            for hyper in hypers:
+                name, run = key_of(hyper), partial(self._run, hyper, seed, samples, kind == CONFIRMED)
+                names.append((kind, self.settings.tasks[0], name, str(seed)))
+                parts.append(partial(self.cell, names[-1], f"seed {seed}: {name}", run))
+        finished = self.do(parts)
+        cells = [self.cells.read(*each) for each in names]
+        return finished, [cell for cell in cells if cell is not None and cell["error"] is None]
 
-    def found(self, kind: str, hypers: Sequence[Hyper]) -> list[Content]:
-        """The finished runs of these settings that did not fail."""
-        names = [(kind, self.task, key_of(hyper), str(seed)) for hyper in hypers for seed in self._seeds_of(kind)]
-        cells = [self._workshop.cells.read(*each) for each in names]
-        return [cell for cell in cells if cell is not None and cell["error"] is None]
-
-    def _seeds_of(self, kind: str) -> Sequence[int]:
-        return [SEARCH_SEED] if kind == TRIED else self._seeds
-
-    def _do(self, kind: str, hypers: Sequence[Hyper], samples: int) -> bool:
-        return self._workshop.do(
-            [partial(self._cell, kind, hyper, seed, samples) for seed in self._seeds_of(kind) for hyper in hypers]
-        )
-
-    def _cell(self, kind: str, hyper: Hyper, seed: int, samples: int) -> Content:
-        def compute() -> tuple[Content, dict[str, Tensor]]:
-            return self._run(hyper, seed, samples, TEMPERATURES if kind == CONFIRMED else ()), {}
-
-        names = (kind, self.task, key_of(hyper), str(seed))
-        return self._workshop.cell(names, f"seed {seed}: {key_of(hyper)}", compute)
-
-    def _run(self, hyper: Hyper, seed: int, samples: int, temperatures: Sequence[float]) -> Content:
-        begin = time.perf_counter()
-        bench = self._workshop.bench(self.task)
-        validation = bench.validation
-        job = bench.job(seed, samples)
+    def _run(self, hyper: Hyper, seed: int, samples: int, confirming: bool) -> tuple[Content, Tensors]:
+        begin, few = time.perf_counter(), self.settings.amounts.search_samples
+        bench = self.bench(self.settings.tasks[0])
+        examples, job = bench.validation.examples, bench.job(seed, samples)
         job.restart()
         found = optimizer(job, hyper)
         job.finetune(found)
-        state = state_of(found.posterior(job.model))
         diagnostics: dict[str, Any] = found.diagnostics()[0]
-        posterior = posterior_of(job, state, hyper)
+        posterior = posterior_of(job, state_of(found.posterior(job.model)), hyper)
 
-        def scores(each: Tensor) -> dict[str, float | None]:
-            return scores_of(each.mean(0), validation.labels, None)
+        def scores(each: Tensor) -> Content:
+            return scores_of(bench.validation, each.mean(0))
 
-        each = predict_each(job, posterior, validation.encoded, samples)
-        tempered = {
-            f"{value:g}": scores(predict_each(job, posterior.tempered(value), validation.encoded, self._few))
-            for value in temperatures
-        }
+        each = predict_each(job, posterior, examples, samples)
         counts = sorted({count for count in SAMPLES if count <= samples} | {samples})
-        return {
+        content = {
             "hyper": dict(hyper),
             "seed": seed,
-            "mean": scores(predict_each(job, posterior, validation.encoded, 0)),
+            "mean": scores(predict_each(job, posterior, examples, 0)),
             "samples": {str(count): scores(each[:count]) for count in counts},
-            "temperatures": tempered,
+            "temperatures": {
+                f"{value:g}": scores(predict_each(job, posterior.tempered(value), examples, few))
+                for value in (TEMPERATURES if confirming else ())
+            },
             "clipped": diagnostics["clipped"],
             "hess_over_init": {f"{level:g}": value for level, value in diagnostics["hess_over_init"].items()},
             "seconds": time.perf_counter() - begin,
-            "error": None,
         }
+        return content, {}
 
 
 def averaged_nll(run: Content) -> float:
@@ -252,24 +220,17 @@ def averaged_nll(run: Content) -> float:
 
 
 def run(settings: Settings, plan: Plan, console: Console) -> bool:
-    """Tries, confirms and reports; False when Ctrl-C cut it short.
-
-    Raises:
-        UserError: Model, data or device cannot be had.
-    """
-    with Workshop(settings, console) as workshop:
-        recipe = Recipe(settings, workshop)
-        proposals = Proposals(settings.out, recipe.task, workshop.cells.lock("proposals"))
-        finished, tried = recipe.search(plan, proposals)
+    """Tries, confirms and reports; False when Ctrl-C cut it short."""
+    recipe = Recipe(settings, console)
+    with recipe.progress:
+        finished, tried = recipe.search(plan)
         chosen = [run["hyper"] for run in sorted(tried, key=averaged_nll)[: plan.best]]
         confirmed: list[Content] = []
-        for hypers in (chosen, [{**hyper, "beta2": FROZEN} for hyper in chosen]):
-            if finished:
-                finished, runs = recipe.confirm(hypers)
-                confirmed += runs
-    record = {**workshop.about(finished, plan.record()), "tried": tried, "confirmed": confirmed}
-    write_record(settings.out / RECORD, record)
+        if finished:
+            frozen = [{**hyper, "beta2": FROZEN} for hyper in chosen]
+            finished, confirmed = recipe.runs(CONFIRMED, [*chosen, *frozen], max(SAMPLES))
+    record = recipe.write(RECORD, finished, {"tried": tried, "confirmed": confirmed}, **plan.record())
     recipe_report.print_tables(console, record)
     recipe_report.write_report(record, settings.out)
-    console.print(f"Record and report: {settings.out / RECORD}, {settings.out / 'recipe.md'}", soft_wrap=True)
+    console.print(f"Record and report: {settings.out / RECORD}, {settings.out / recipe_report.PAGE}", soft_wrap=True)
     return finished

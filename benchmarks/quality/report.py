@@ -1,20 +1,44 @@
-"""The report of the quality suite: tables in the terminal, and ``report.md`` with its pictures, from a record alone."""
+"""The report of the quality suite: tables in the terminal, and ``report.md`` with its pictures, from a record alone.
+
+What the page says is in ``report.md.jinja``; here are its tables.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import pandas as pd
 from rich.console import Console
 from rich.markdown import Markdown
 from scipy import stats
 
-from benchmarks.quality import pictures, tables
-from benchmarks.quality.summary import ALL, BASELINE, ERRORS, GROUPS, METRICS, VOTES, Summary
+from benchmarks.quality import pictures
+from benchmarks.quality.summary import (
+    BASELINE,
+    BETTER,
+    COST,
+    COSTS,
+    ERRORS,
+    GROUPS,
+    METRICS,
+    VOTES,
+    WORSE,
+    Estimate,
+    Summary,
+    bold,
+    mark,
+    number,
+)
+from benchmarks.tables import NOTHING
 
 PAGE = "report.md"
+RANKED = ("accuracy", "nll", "ece")  # metrics of the tables that have no room for all
 _SIZES = {
     "steps": "{} training steps",
     "batch_size": "batches of {}",
@@ -24,174 +48,203 @@ _SIZES = {
     "shift_size": "{} of every shifted domain",
     "samples": "{} samples where a method samples",
 }
-_TERMINAL = (*tables.RANKED, VOTES)
-_TERMINAL_COSTS = ("extra_parameters", "predict_ms_per_example", "train_seconds", "fit_seconds")
-_COSTS = "Training is the base's where a method takes a base's training. Passes of the model are those of one example."
-_SEED_LIMIT = 30  # from here on, Student's distribution is the normal one
 
 
 def print_tables(console: Console, record: dict[str, Any]) -> None:
     """The report's main tables for a terminal of 80 columns: scores, differences to AdamW, costs, and what failed."""
-    summary = Summary(record)
-    parts = [*_head(summary), "", *tables.domains(summary)]
-    for view in summary.views:
-        parts += ["", f"## {view}", *_scores(summary, view, _TERMINAL, tables.RANKED)]
-        parts += ["", "### Costs", "", *tables.costs(summary, view, _TERMINAL_COSTS)]
-    console.print(Markdown("\n".join([*parts, *_problems(summary)])))
+    priced = ("extra_parameters", "predict_ms_per_example", "train_seconds", "fit_seconds")
+    options = {"page": False, "wanted": (*RANKED, VOTES), "compared": RANKED, "priced": priced}
+    console.print(Markdown(render(PAGE, record, summary=Summary(record), **options)))
 
 
 def write_report(record: dict[str, Any], folder: Path) -> None:
-    """Write ``report.md`` and its pictures.
-
-    Args:
-        record: A ``quality.json``, schema 1; it need not be finished.
-        folder: Where to write; made if it is not there. Files of an earlier report in it are replaced.
-
-    Raises:
-        ValueError: The record has another schema.
-    """
+    """Writes ``report.md`` and its pictures over those of an earlier report, from a record that may be unfinished."""
     summary = Summary(record)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = [*_head(summary), *_what_was_run(summary)]
+    shown = defaultdict(list)
     for view in summary.views:
-        parts += ["", f"## {view}"]
-        if view == ALL:
-            parts += ["", f"The mean over {len(summary.tasks)} tasks: {', '.join(summary.tasks)}."]
-        parts += _scores(summary, view, list(METRICS), list(METRICS))
-        if view == summary.views[0]:
-            count = f"mean over {len(summary.tasks)} tasks, " if len(summary.tasks) > 1 else ""
-            parts += ["", f"### Ranks ({count}1 is best)", "", *tables.ranks(summary)]
-        parts += ["", "### Costs", "", *tables.costs(summary, view), "", _COSTS]
-        suffix = "" if view == summary.views[0] else f"_{view}"
-        for name, caption, figure in pictures.of_view(summary, view):
-            figure.savefig(folder / f"{name}{suffix}.png", dpi=pictures.DPI)
-            parts += ["", f"![{name.replace('_', ' ')}, {view}]({name}{suffix}.png)", "", caption]
-    parts += ["", "## Where IVON does not win", *_lost(summary)]
-    parts += ["", "## Hyperparameters", *_hyperparameters(summary)]
-    parts += [*_problems(summary), "", "## Environment", *_environment(summary)]
-    (folder / PAGE).write_text("\n".join(parts) + "\n", encoding="utf-8")
+        for name, figure in pictures.of_view(summary, view):
+            file = f"{name}.png" if view == summary.views[0] else f"{name}_{view}.png"
+            figure.savefig(folder / file, dpi=pictures.DPI)
+            shown[view].append((name, file))
+    options = {"page": True, "wanted": METRICS, "compared": METRICS, "priced": COSTS, "pictures": shown}
+    (folder / PAGE).write_text(render(PAGE, record, summary=summary, **options) + "\n", encoding="utf-8")
 
 
-def _head(summary: Summary) -> Iterator[str]:
-    yield "# Quality of predictions"
-    if summary.missing or not summary.record["finished"]:
-        yield from ("", f"**Not finished: {len(summary.missing)} combinations of task, method and seed have not run.**")
+def render(name: str, record: Mapping[str, Any], **options: Any) -> str:
+    """A page by its template, which may call the tables below."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["paragraph"] = lambda text: " ".join(text.split()) + "\n"
+    words = (chance, costs, dials, differences, domains, lost, methods, problems, ranks, scores, sizes, tallies, tried)
+    environment.globals |= {function.__name__: function for function in words}
+    environment.globals |= {"json": partial(json.dumps, indent=2), "errors": f"{ERRORS:g}"}
+    environment.globals |= {"votes": VOTES, "better": BETTER, "worse": WORSE}
+    template = environment.get_template(f"{name}.jinja")
+    return template.render(record=record, settings=record["settings"], **options).strip()
 
 
-def _what_was_run(summary: Summary) -> Iterator[str]:
-    """Sizes and their consequences in words, the domains, and the methods."""
-    record, given = summary.record, summary.record["settings"]
-    known = {**given, **given.get("amounts", {})}
-    sizes = [words.format(known[key]) for key, words in _SIZES.items() if known.get(key) is not None]
-    yield from ("", "## What was run", "")
-    yield (
-        f"{len(summary.methods)} methods on {len(summary.tasks)} tasks, seeds {', '.join(map(str, summary.seeds))}, "
-        f"size '{given.get('size')}': {', '.join(sizes)}. What is not named is as the task's recipe has it. Model: "
-        f"{given.get('model') or 'SmolLM2-135M'}. Device: {record['device']}, {record['threads']} threads."
-    )
-    yield from ("", *tables.domains(summary), "")
-    yield _meaning_of_errors(len(summary.seeds))
-    yield from ("", *tables.methods(summary))
+def chance(seeds: int | None) -> str:
+    """How often chance alone makes a difference "decided", by Student's distribution; None is for many seeds."""
+    return f"{2 * (stats.norm.sf(ERRORS) if seeds is None else stats.t.sf(ERRORS, seeds - 1)):.0%}"
 
 
-def _meaning_of_errors(seeds: int) -> str:
-    """How often chance alone makes a difference "decided", by Student's distribution."""
-    if seeds < 2:
-        return "One seed has no standard error over seeds: no difference here is decided."
-    chance = 2 * stats.t.sf(ERRORS, seeds - 1)
-    text = (
-        f"± is one standard error over {seeds} seeds: what start, batches and noise change; what other test examples "
-        f"would change is not in it. Two methods that are equally good differ by more than {ERRORS:g} standard errors "
-        f"in {chance:.0%} of all comparisons"
-    )
-    if seeds < _SEED_LIMIT:
-        text += f" with {seeds} seeds ({2 * stats.norm.sf(ERRORS):.0%} with many)"
-    return f"{text}; there are many comparisons here, so some marks are chance."
+def sizes(settings: Mapping[str, Any]) -> str:
+    """How much was trained and judged, in words."""
+    known = {**settings, **settings.get("amounts", {})}
+    return ", ".join(words.format(known[key]) for key, words in _SIZES.items() if known.get(key) is not None)
 
 
-def _scores(summary: Summary, task: str, wanted: Sequence[str], compared: Sequence[str]) -> Iterator[str]:
-    """Scores of a view in the wanted metrics and differences to AdamW in the compared ones, where there are any."""
-    if not summary.groups(task):
-        yield from ("", "No method has scores.")
-        return
-    for group in summary.groups(task):
-        keys = [key for key in wanted if key in summary.metrics(task, group)]
-        yield from ("", f"### Scores {group}", "", *tables.scores(summary, task, group, keys))
-        if any(summary.score(task, group, BASELINE, key) for key in keys):
-            yield from ("", f"### Difference to AdamW {group}, paired by seed", "")
-            yield from tables.differences(summary, task, group, [key for key in compared if key in keys])
-    yield from ("", _legend(summary, task))
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are text, the others are numbers. No text can break a row."""
+    rule = [":---" if number < left else "---:" for number in range(len(header))]
+    cells = [[" ".join(text.split()).replace("|", r"\|") for text in row] for row in (header, rule, *rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _legend(summary: Summary, task: str) -> str:
-    """What the numbers and marks of a score table are."""
-    text = (
-        "Mean over seeds ± its standard error; the best mean of each column is bold. NLL in nats; ECE over 10 equal "
-        "bins of the confidence, adaptive ECE over 10 bins of equally many examples; Brier summed over the classes (0 "
-        "to 2); AUROC of errors: does confidence tell right from wrong (0.5: not at all); selective accuracy: on the "
-        "most confident 80%."
-    )
-    if any(VOTES in summary.metrics(task, group) for group in GROUPS):
-        text += " Votes: cross-entropy to the shares of the raters' votes, in nats; at least the votes' own entropy."
-    if task == ALL:
-        text += " A seed of a method counts here only with a value in every task that has the metric."
-    return text + (
-        f" {tables.BETTER} better, {tables.WORSE} worse than AdamW by more than {ERRORS:g} standard errors of the "
-        "paired difference."
-    )
+def settings(values: Mapping[str, float]) -> str:
+    """Hyperparameters in a line."""
+    return ", ".join(f"{name} {value:g}" for name, value in values.items()) or "none"
 
 
-def _lost(summary: Summary) -> Iterator[str]:
-    """What is better than IVON, and the whole of the comparisons."""
-    if not summary.ours:
-        yield from ("", "No method of IVON's was run.")
-        return
-    found = list(summary.lost())
-    total = len(summary.comparisons())
-    decided = 0
-    for task, group, metric, ours, ahead in found:
-        gaps = [summary.difference(task, group, ours, metric, method) for method in ahead]
-        decided += any(gap is not None and gap.decided for gap in gaps)
-    yield ""
-    yield (
-        f"Of {total} combinations of task, domains and metric, another method has a better mean than every method of "
-        f"IVON's in {len(found)}, and in {decided} of these one is better by more than {ERRORS:g} standard errors "
-        f"({tables.WORSE}). Taking the best of IVON's methods after the fact favours IVON; the second table does not "
-        "do that."
-    )
-    if found:
-        yield from ("", *tables.lost(summary))
-    yield ""
-    yield (
-        "Each of IVON's methods (columns) against each other method (rows), over the same combinations: better by more "
-        f"than {ERRORS:g} standard errors / undecided / worse by more than that."
-    )
-    yield from ("", *tables.tallies(summary))
+def _by_method(
+    summary: Summary,
+    titles: Mapping[str, str],
+    find: Callable[[str, str], Estimate],
+    show: Callable[[Estimate, str], str],
+    without: str | None = None,
+) -> str:
+    """A row for every method, which says how many seeds it is about if some are missing; a column for every title."""
+    rows = []
+    for method in summary.methods:
+        found = [find(method, key) for key in titles]
+        seeds, title = len({seed for value in found for seed in value.seeds}), summary.title(method)
+        if seeds < len(summary.seeds):
+            title += f" ({seeds} of {len(summary.seeds)} seeds)" if seeds else " (no scores)"
+        if method != without:
+            rows.append([title, *map(show, found, titles)])
+    return table(["", *titles.values()], rows)
 
 
-def _hyperparameters(summary: Summary) -> Iterator[str]:
-    """What was tried on the validation split, and what was chosen."""
-    yield from ("", "Scores on the validation split; the chosen candidate is bold.")
-    for task in summary.tasks:
-        yield from ("", f"### {task}", "", *tables.tried(summary, task))
-        chosen = tables.dials(summary, task)
-        if chosen:
-            yield from ("", *chosen)
+def scores(summary: Summary, task: str, group: str, keys: Sequence[str]) -> str:
+    """These metrics of every method; the best of each column is bold."""
+    find = partial(summary.score, task, group)
+    best = {key: find(next(iter(summary.ranking(task, group, key))), key).mean for key in keys}
+    titles = {key: METRICS[key] for key in keys}
+    return _by_method(summary, titles, find, lambda value, key: bold(number(value), value.mean == best[key]))
 
 
-def _problems(summary: Summary) -> Iterator[str]:
-    if summary.failed:
-        yield from ("", "## What failed", "", *tables.problems(summary, summary.failed))
-    if summary.missing:
-        yield from ("", "## What has not run", "", *tables.problems(summary, summary.missing))
+def differences(summary: Summary, task: str, group: str, keys: Sequence[str]) -> str:
+    """Every method less AdamW, where that has scores, paired by seed; marked where it is decided."""
+    if not any(summary.score(task, group, BASELINE, key).seeds for key in keys):
+        return ""
+    titles = {key: METRICS[key] for key in keys}
+    return _by_method(summary, titles, partial(summary.difference, task, group), mark, without=BASELINE)
 
 
-def _environment(summary: Summary) -> Iterator[str]:
-    """What it ran on, and all settings."""
-    known = {name: value for name, value in summary.record["environment"].items() if name != "versions"}
-    versions = summary.record["environment"].get("versions", {})
-    yield ""
-    for name, value in known.items():
-        yield f"- {name}: {value}"
-    yield f"- versions: {', '.join(f'{name} {version}' for name, version in versions.items())}"
-    yield from ("", "```json", json.dumps(summary.record["settings"], indent=2), "```")
+def costs(summary: Summary, task: str, keys: Sequence[str] = tuple(COSTS)) -> str:
+    """These costs of every method, the mean over the seeds."""
+
+    def show(value: Estimate, key: str) -> str:
+        return f"{value.mean:{COSTS[key][1]}}" if value.seeds else NOTHING
+
+    return _by_method(summary, {key: COSTS[key][0] for key in keys}, partial(summary.score, task, COST), show)
+
+
+def ranks(summary: Summary) -> str:
+    """The mean rank over the tasks in which a method has a value, in distribution and under shift."""
+    found = {}
+    for group in GROUPS:
+        for key in RANKED:
+            ranks = [summary.ranking(task, group, key) for task in summary.tasks if key in summary.metrics(task, group)]
+            if ranks:
+                found[f"{METRICS[key]}, {group}"] = pd.DataFrame(ranks).mean().map("{:.3g}".format)
+    shown = pd.DataFrame(found, index=list(summary.methods)).fillna(NOTHING)
+    return table(["", *shown], [[summary.title(str(method)), *row] for method, row in shown.iterrows()])
+
+
+def domains(summary: Summary) -> str:
+    """What was tested on what, how many examples that are, and what chance alone does to an accuracy."""
+    rows = []
+    for (task, domain, shift), found in summary.domains.groupby(["task", "domain", "shift"], sort=False):
+        accuracy, sizes = found["accuracy"].astype(float), found["examples"].astype(int)
+        error = (accuracy * (1 - accuracy) / sizes).max() ** 0.5
+        floor = found["vote_entropy"].astype(float).mean()
+        counts = " to ".join(str(size) for size in sorted(sizes.unique()))
+        entropy = NOTHING if pd.isna(floor) else f"{floor:.3f}"
+        rows.append([task, f"{domain} (shift)" if shift else domain, counts, f"{error:.3f}", entropy])
+    header = ["trained on", "tested on", "examples", "accuracy ±", "votes' entropy"]
+    return table(header, rows, left=2)
+
+
+def tried(summary: Summary, task: str) -> str:
+    """Every candidate of every method with its scores on the validation split; the chosen one is bold."""
+    rows = []
+    for method, search in summary.record["hyperparameters"].get(task, {}).items():
+        if not search["tried"]:
+            rows.append([summary.title(method), f"**{settings(search['chosen'])}** (given)", *[NOTHING] * len(RANKED)])
+        for candidate in search["tried"]:
+            scores = candidate["scores"] or {}
+            values = [NOTHING if (v := scores.get(key)) is None else f"{v:.3f}" for key in RANKED]
+            reason = f": {candidate['error']}" if candidate["error"] else ""
+            text = bold(settings(candidate["hyper"]), candidate["hyper"] == search["chosen"])
+            rows.append([summary.title(method), f"{text}{reason}", *values])
+    return table(["", "candidate", *(METRICS[key] for key in RANKED)], rows, left=2)
+
+
+def lost(summary: Summary) -> dict[str, Any]:
+    """Where others are better than the best of IVON: the table, how many rows it has, and how many are decided."""
+    rows, decided = [], 0
+    for task, group, metric, ours, ahead in summary.lost():
+        shown = {m: f"{summary.title(m)} {number(summary.score(task, group, m, metric))}" for m in (ours, *ahead)}
+        gaps = {m: summary.difference(task, group, ours, metric, m) for m in ahead}
+        decided += any(gap.verdict(metric) for gap in gaps.values())
+        better = "; ".join(f"{shown[m]} ({mark(gap, metric)})" for m, gap in gaps.items())
+        rows.append([task, group, METRICS[metric], shown[ours], better])
+    header = ["task", "domains", "metric", "the best of IVON", "better ones (IVON less it)"]
+    return {"count": len(rows), "decided": decided, "table": table(header, rows, left=5)}
+
+
+def tallies(summary: Summary) -> str:
+    """Each of IVON's methods against each other method: better, undecided and worse, over everything compared."""
+    rows = [
+        [summary.title(other), *(" / ".join(map(str, summary.tally(ours, other))) for ours in summary.ours)]
+        for other in summary.methods
+        if other not in summary.ours
+    ]
+    return table(["", *map(summary.title, summary.ours)], rows)
+
+
+def methods(summary: Summary) -> str:
+    """What the methods are and where they are described."""
+    rows = [
+        (
+            about["title"],
+            summary.kind(name),
+            summary.title(about["base"]) if about["base"] else NOTHING,
+            about["source"],
+        )
+        for name, about in summary.methods.items()
+    ]
+    return table(["", "kind", "takes the training of", "source"], rows, left=4)
+
+
+def dials(summary: Summary, task: str) -> str:
+    """The dials that were chosen for every trained model; empty if no method has any."""
+    rows = []
+    for method in summary.methods:
+        cells = {seed: cell for seed in summary.seeds if (cell := summary.cells.get((task, method, seed)))}
+        if any(cell["dials"] for cell in cells.values()):
+            chosen = [f"seed {seed}: {settings(cell['dials'])}" for seed, cell in cells.items()]
+            rows.append([summary.title(method), "; ".join(chosen)])
+    return table(["", "chosen dials"], rows, left=2) if rows else ""
+
+
+def problems(summary: Summary, cells: Sequence[tuple[Any, ...]]) -> str:
+    """The cells without scores, with their reasons; seeds with the same one share a row."""
+    frame = pd.DataFrame(cells, columns=["task", "method", "seed", "reason"]).astype({"seed": str})
+    rows = [
+        [task, summary.title(method), ", ".join(found["seed"]), reason]
+        for (task, method, reason), found in frame.groupby(["task", "method", "reason"], sort=False)
+    ]
+    return table(["task", "method", "seeds", "reason"], rows, left=4)

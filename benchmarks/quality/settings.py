@@ -10,17 +10,13 @@ from typing import Any
 from benchmarks import UserError
 from benchmarks.finetune.tasks import TASKS, Task, find_task
 
-BUDGET = 4
-"""Training runs on the validation split by which each method's hyperparameters are chosen, the same for all."""
-DIAL_BUDGET = 4
-"""Values that a dial without training may try, the same for all."""
-SEARCH_SEED = 1000
-"""Of the runs that choose hyperparameters; no seed of the study's own runs."""
+BUDGET = 4  # training runs on the validation split by which each method's hyperparameters are chosen, the same for all
+DIAL_BUDGET = 4  # values that a dial without training may try, the same for all
+SEARCH_SEED = 1000  # of the runs that choose hyperparameters; no seed of the study's own runs
 BUNDLED = tuple(name for name, task in TASKS.items() if not task.hub)
 RECORDED = Path(__file__).parent.parent / "results" / "quality" / "hyperparameters.json"
 """What the committed study chose."""
-MAIN = "vader_nyt"
-"""The domain of rated sentences that the default study trains on."""
+MAIN = "vader_nyt"  # the domain of rated sentences that the default study trains on
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,8 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON can hold them; the amounts with what the recipes say where all tasks agree."""
-        recipes = [asdict(sized(find_task(name), self.amounts).recipe) for name in self.tasks]
-        common = {key: value for key, value in recipes[0].items() if all(recipe[key] == value for recipe in recipes)}
+        first, *others = [asdict(sized(find_task(name), self.amounts).recipe) for name in self.tasks]
+        common = {key: value for key, value in first.items() if all(other[key] == value for other in others)}
         amounts = {key: common.get(key) if value is None else value for key, value in asdict(self.amounts).items()}
         paths = {"out": self.out.name, "hyperparameters": None if self.hyperparameters is None else "file"}
         return {**asdict(self), **paths, "amounts": amounts}
@@ -78,11 +74,7 @@ class Settings:
         return {"amounts": amounts, **same, "hyperparameters": self.given()}
 
     def given(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Hyperparameters by task and method, as a study wrote them; none without a file.
-
-        Raises:
-            UserError: The file cannot be read.
-        """
+        """Hyperparameters by task and method, as a study wrote them; none without a file."""
         if self.hyperparameters is None:
             return {}
         try:
@@ -97,24 +89,22 @@ class Settings:
 
 def resolve(
     *,
-    size: str,
+    size: str | None,
     tasks: str,
     seeds: int | None,
     steps: int | None,
-    model: str | None,
-    device: str,
     threads: int | None,
     out: Path | None,
+    quick: bool = False,
     methods: str = "",
     search: bool | None = None,
     hyperparameters: Path | None = None,
-    load_in_8bit: bool = False,
+    **more: Any,
 ) -> Settings:
-    """The user's options, checked.
-
-    Raises:
-        UserError: An unknown name, or a number out of range.
-    """
+    """The user's options, checked; `more` are settings as they are."""
+    if quick and size not in (None, "quick"):
+        raise UserError("--quick is --size quick: give one of the two.")
+    size = size or ("quick" if quick else "laptop")
     if size not in SIZES:
         raise UserError(f"Unknown size '{size}'; choose one of {', '.join(SIZES)}.")
     names = BUNDLED if tasks == "all" else _listed(tasks)
@@ -122,8 +112,7 @@ def resolve(
         find_task(name)
     if not names:
         raise UserError("--tasks names no task.")
-    amounts = SIZES[size]
-    count = amounts.seeds if seeds is None else seeds
+    count = SIZES[size].seeds if seeds is None else seeds
     if not 1 <= count < SEARCH_SEED:
         raise UserError(f"--seeds must be between 1 and {SEARCH_SEED - 1}, not {count}.")
     for option, value in (("--threads", threads), ("--steps", steps)):
@@ -134,10 +123,9 @@ def resolve(
         raise UserError("--search chooses what --hyperparameters would give: use one of the two.")
     if not searching and hyperparameters is None and RECORDED.exists():
         hyperparameters = RECORDED
-    amounts = replace(amounts, seeds=count, steps=amounts.steps if steps is None else steps)
-    out = Path("results") / f"quality-{size}" if out is None else out
-    chosen = (_listed(methods), tuple(range(count)), searching, hyperparameters)
-    return Settings(size, amounts, names, *chosen, model, load_in_8bit, device, threads, out)
+    amounts = replace(SIZES[size], seeds=count, steps=SIZES[size].steps if steps is None else steps)
+    chosen = (size, amounts, names, _listed(methods), tuple(range(count)), searching, hyperparameters)
+    return Settings(*chosen, threads=threads, out=out or Path("results") / f"quality-{size}", **more)
 
 
 def _listed(text: str) -> tuple[str, ...]:

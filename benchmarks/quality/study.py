@@ -2,82 +2,61 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from rich.console import Console
-from torch import Tensor
 
 from benchmarks import UserError
 from benchmarks.quality import report
-from benchmarks.quality.cells import Content, key_of, write_record
+from benchmarks.quality.bench import Content, Tensors
 from benchmarks.quality.method import Hyper, Method
 from benchmarks.quality.methods import all_methods
 from benchmarks.quality.settings import BUDGET, DIAL_BUDGET, Settings
-from benchmarks.quality.workshop import Workshop
+from benchmarks.quality.workshop import Workshop, key_of
 
 RECORD, HYPERPARAMETERS = "quality.json", "hyperparameters.json"
 SEARCH, TRAINED, JUDGED = "search", "trained", "judged"
 
 
 def run(settings: Settings, console: Console) -> bool:
-    """Does what the folder does not have yet, prints the tables and writes everything.
-
-    Returns:
-        False when Ctrl-C cut it short.
-
-    Raises:
-        UserError: Data, model, device, methods or hyperparameters cannot be had.
-    """
-    methods = select(settings.methods)
-    with Workshop(settings, console) as workshop:
-        study = Study(settings, methods, workshop)
-        finished = workshop.do(list(study.parts()))
-    record = {**workshop.about(finished, {}), **study.record()}
-    write_record(settings.out / RECORD, record)
+    """Does what the folder does not have yet, prints the tables and writes everything; False after Ctrl-C."""
+    study = Study(settings, select(settings.methods), console)
+    with study.progress:
+        finished = study.do(list(study.parts()))
+    record = study.write(RECORD, finished, study.record())
     chosen = {
         task: {name: entry["chosen"] for name, entry in found.items()}
         for task, found in record["hyperparameters"].items()
     }
-    write_record(settings.out / HYPERPARAMETERS, chosen)
+    (settings.out / HYPERPARAMETERS).write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
     report.print_tables(console, record)
     report.write_report(record, settings.out)
-    console.print(f"Record and report: {settings.out / RECORD}, {settings.out / 'report.md'}", soft_wrap=True)
+    console.print(f"Record and report: {settings.out / RECORD}, {settings.out / report.PAGE}", soft_wrap=True)
     return finished
 
 
 def select(names: tuple[str, ...]) -> dict[str, Method]:
-    """The methods of these names with their bases; all for none.
-
-    Raises:
-        UserError: There is no such method.
-    """
+    """The methods of these names with their bases; all for none."""
     found = all_methods()
     if unknown := [name for name in names if name not in found]:
         raise UserError(f"Unknown method '{unknown[0]}'; choose from {', '.join(found)}.")
     wanted = {base for name in names for base in (name, found[name].base)} if names else set(found)
-    return {name: method for name, method in found.items() if name in wanted}
+    chosen = {name: method for name, method in found.items() if name in wanted}
+    for name, method in chosen.items():
+        if len(method.candidates) > BUDGET or len(method.dials) > DIAL_BUDGET:
+            raise UserError(f"{name} has more than {BUDGET} candidates or {DIAL_BUDGET} values of a dial.")
+    return chosen
 
 
-class Study:
-    """The parts of a study, and what they have found so far.
+class Study(Workshop):
+    """The parts of a study, and what they have found so far, of methods by name, each after its base."""
 
-    Args:
-        settings: What is studied.
-        methods: By name, each after its base.
-        workshop: Where the parts are done.
-
-    Raises:
-        UserError: A method tries more than all others may.
-    """
-
-    def __init__(self, settings: Settings, methods: dict[str, Method], workshop: Workshop) -> None:
-        self.settings, self.methods, self._workshop = settings, methods, workshop
-        self._given = settings.given()
+    def __init__(self, settings: Settings, methods: dict[str, Method], console: Console) -> None:
+        super().__init__(settings, console)
+        self.methods, self._given = methods, settings.given()
         self._trainers = [method for method in methods.values() if method.base is None]
-        for method in methods.values():
-            if len(method.candidates) > BUDGET or len(method.dials) > DIAL_BUDGET:
-                raise UserError(f"{method.name} has more than {BUDGET} candidates or {DIAL_BUDGET} values of a dial.")
 
     def parts(self) -> Iterator[Callable[[], object]]:
         """All parts, so that every seed is complete before the next one begins."""
@@ -97,28 +76,28 @@ class Study:
 
     def _search(self, task: str, method: Method, hyper: Hyper) -> Content:
         names, title = (SEARCH, task, method.name, key_of(hyper)), f"{task}: {method.title}, trying {key_of(hyper)}"
-        return self._workshop.cell(names, title, lambda: self._workshop.bench(task).try_candidate(method, hyper))
+        return self.cell(names, title, lambda: self.bench(task).try_candidate(method, hyper))
 
     def _train(self, task: str, method: Method, seed: int) -> Content:
         for hyper in self._searched(method):
             self._search(task, method, hyper)
         hyper = self.chosen(task, method)
         names, title = self._names(TRAINED, task, method, seed), f"{task}, seed {seed}: training {method.title}"
-        return self._workshop.cell(names, title, lambda: self._workshop.bench(task).train(method, hyper, seed))
+        return self.cell(names, title, lambda: self.bench(task).train(method, hyper, seed))
 
     def _judge(self, task: str, method: Method, seed: int) -> Content:
         trainer = self.methods[method.base or method.name]
         trained = self._train(task, trainer, seed)
 
-        def compute() -> tuple[Content, dict[str, Tensor]]:
+        def compute() -> tuple[Content, Tensors]:
             if trained["error"] is not None:
                 raise RuntimeError(f"its training failed: {trained['error']}")
-            tensors = self._workshop.cells.tensors(*self._names(TRAINED, task, trainer, seed))
-            judged, found = self._workshop.bench(task).judge(method, trained["hyper"], seed, tensors)
+            tensors = self.cells.tensors(*self._names(TRAINED, task, trainer, seed))
+            judged, found = self.bench(task).judge(method, trained["hyper"], seed, tensors)
             return {**judged, "cost": {**trained["cost"], **judged["cost"]}}, found
 
-        title = f"{task}, seed {seed}: predicting with {method.title}"
-        return self._workshop.cell(self._names(JUDGED, task, method, seed), title, compute)
+        names, title = self._names(JUDGED, task, method, seed), f"{task}, seed {seed}: predicting with {method.title}"
+        return self.cell(names, title, compute)
 
     def _names(self, kind: str, task: str, method: Method, seed: int) -> tuple[str, ...]:
         """A cell; it has the hyperparameters in its name, so that others, once they are chosen, are another cell."""
@@ -129,12 +108,8 @@ class Study:
 
     def tried(self, task: str, method: Method) -> list[Content]:
         """The candidates that were tried so far, with their scores on the validation split."""
-        cells = [self._workshop.cells.read(SEARCH, task, method.name, key_of(h)) for h in method.candidates]
-        return [
-            {"hyper": dict(hyper), "scores": cell.get("scores"), "error": cell["error"]}
-            for hyper, cell in zip(method.candidates, cells, strict=True)
-            if cell is not None
-        ]
+        cells = [(hyper, self.cells.read(SEARCH, task, method.name, key_of(hyper))) for hyper in method.candidates]
+        return [{"hyper": dict(h), "scores": c.get("scores"), "error": c["error"]} for h, c in cells if c is not None]
 
     def chosen(self, task: str, method: Method) -> Hyper:
         """The hyperparameters that a method is trained with: those of the best likelihood on the validation split."""
@@ -147,29 +122,27 @@ class Study:
 
     def record(self) -> Content:
         """Methods, hyperparameters and all that was judged so far: task by task, method by method, seed by seed."""
-        about = ("title", "source", "base", "ablation")
-        source = "search" if self.settings.search else "file"
+        about, source = ("title", "source", "base", "ablation"), "search" if self.settings.search else "file"
+        hyperparameters: Content = {}
         cells: list[Content] = []
-        empty: Content = {"hyper": {}, "dials": {}, "domains": [], "cost": None}
         for task in self.settings.tasks:
+            hyperparameters[task] = {
+                method.name: {
+                    "chosen": dict(self.chosen(task, method)),
+                    "tried": self.tried(task, method),
+                    "from": source,
+                }
+                for method in self._trainers
+            }
             for method in self.methods.values():
                 for seed in self.settings.seeds:
-                    found = self._workshop.cells.read(*self._names(JUDGED, task, method, seed))
+                    found = self.cells.read(*self._names(JUDGED, task, method, seed))
                     if found is not None:
                         found.pop("traceback", None)
+                        empty: Content = {"hyper": {}, "dials": {}, "domains": [], "cost": None}
                         cells.append({"task": task, "method": method.name, "seed": seed, **empty, **found})
         return {
             "methods": {name: {key: getattr(method, key) for key in about} for name, method in self.methods.items()},
-            "hyperparameters": {
-                task: {
-                    method.name: {
-                        "chosen": dict(self.chosen(task, method)),
-                        "tried": self.tried(task, method),
-                        "from": source,
-                    }
-                    for method in self._trainers
-                }
-                for task in self.settings.tasks
-            },
+            "hyperparameters": hyperparameters,
             "cells": cells,
         }

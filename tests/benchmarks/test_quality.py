@@ -24,11 +24,10 @@ from benchmarks.__main__ import app
 from benchmarks.finetune.data import EncodedExamples
 from benchmarks.quality import methods as registry
 from benchmarks.quality import pictures, recipe_report, settings
-from benchmarks.quality.cells import Cells, key_of
-from benchmarks.quality.job import Job
-from benchmarks.quality.method import Hyper, Method, State
+from benchmarks.quality.method import Hyper, Job, Method, State
 from benchmarks.quality.methods.adamw import AdamW
 from benchmarks.quality.recipe import BETA2, EVERYWHERE, NEAR, Plan, Proposals, parse
+from benchmarks.quality.workshop import Cells, key_of
 from tests.support.finetune_model import save_tiny_model
 
 # PEFT asks transformers by a name that transformers is about to change.

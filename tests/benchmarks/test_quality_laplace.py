@@ -16,8 +16,7 @@ from benchmarks.finetune.data import EncodedExamples
 from benchmarks.finetune.run import last_word
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
-from benchmarks.quality.job import Job
-from benchmarks.quality.method import Method, State
+from benchmarks.quality.method import Job, Method, State
 from benchmarks.quality.methods import all_methods, laplace
 from benchmarks.quality.methods.laplace import Layers, lora_layers
 from tests.support.finetune_model import save_tiny_model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,9 +20,7 @@ from benchmarks.finetune import data, model
 from benchmarks.finetune.run import last_word
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
-from benchmarks.quality.adapter import weights, write
-from benchmarks.quality.job import Job
-from benchmarks.quality.method import Hyper, State
+from benchmarks.quality.method import TRAINING, Hyper, Job, State, nll
 from benchmarks.quality.methods import adamw, all_methods, blob, swag
 from ivon_kernels.posterior import fit_temperature
 from tests.support.finetune_model import save_tiny_model
@@ -76,10 +76,10 @@ class Bench:
         else:
             trained = self.outcome(method.base, seed)
             hyper, state = METHODS[method.base].candidates[0], trained.state
-            write(job, trained.weights)
-        before = weights(job)
+            job.write(trained.weights)
+        before = job.weights()
         state = method.fit(job, state, hyper)
-        chosen = {**hyper, **method.tune(job.with_samples(2), state, hyper, self.test)}
+        chosen = {**hyper, **method.tune(replace(job, samples=2), state, hyper, self.test)}
         return Outcome(before, state, hyper, chosen, method.predict(job, state, chosen, self.test))
 
 
@@ -129,7 +129,7 @@ def test_a_saved_state_predicts_the_same_in_another_process(bench: Bench, name: 
     )
     loaded = load_file(tmp_path / "s")
     job = bench.job()
-    write(job, loaded.pop("weights"))
+    job.write(loaded.pop("weights"))
     state = {key.removeprefix("state."): value for key, value in loaded.items()}
     assert torch.equal(METHODS[name].predict(job, state, found.chosen, bench.test), found.probabilities)
 
@@ -141,13 +141,13 @@ def test_the_model_is_left_as_it_was(bench: Bench, job: Job, name: str) -> None:
     frozen = {key: p.detach().clone() for key, p in job.model.named_parameters() if not p.requires_grad}
     state = METHODS[method.base or name].train(job, found.hyper)
     assert circumstances(job) == before
-    write(job, found.weights)
+    job.write(found.weights)
     state = method.fit(job, state, found.hyper)
-    assert torch.equal(weights(job), found.weights)
+    assert torch.equal(job.weights(), found.weights)
     job.model.eval()
     method.tune(job, state, found.hyper, bench.test)
     method.predict(job, state, found.chosen, bench.test)
-    assert torch.equal(weights(job), found.weights)
+    assert torch.equal(job.weights(), found.weights)
     assert circumstances(job) == before
     assert not any(module.training for module in job.model.modules())
     parameters = dict(job.model.named_parameters())
@@ -161,7 +161,7 @@ def test_the_model_is_left_as_it_was(bench: Bench, job: Job, name: str) -> None:
 def fitted(bench: Bench, job: Job) -> tuple[Job, Tensor]:
     """A job with AdamW's weights of seed 0 in it, and what AdamW predicts."""
     found = bench.outcome("adamw", 0)
-    write(job, found.weights)
+    job.write(found.weights)
     return job, found.probabilities
 
 
@@ -174,7 +174,7 @@ def test_temperature_1_is_adamw(bench: Bench, fitted: tuple[Job, Tensor]) -> Non
 
 def test_scaled_samples_are_averaged_before_they_are_scaled(bench: Bench, job: Job) -> None:
     scaled, samples = METHODS["ivon_samples_scaled"], bench.outcome("ivon_samples", 0)
-    write(job, samples.weights)
+    job.write(samples.weights)
     at_1 = scaled.predict(job, samples.state, {**samples.hyper, "temperature": 1.0}, bench.test)
     torch.testing.assert_close(at_1, samples.probabilities, rtol=1e-12, atol=0)
     at_2 = scaled.predict(job, samples.state, {**samples.hyper, "temperature": 2.0}, bench.test)
@@ -184,11 +184,11 @@ def test_scaled_samples_are_averaged_before_they_are_scaled(bench: Bench, job: J
 
 def test_scaled_samples_fit_the_temperature_to_the_average(bench: Bench, job: Job) -> None:
     scaled, samples = METHODS["ivon_samples_scaled"], bench.outcome("ivon_samples", 0)
-    write(job, samples.weights)
+    job.write(samples.weights)
     dials = scaled.tune(job, samples.state, samples.hyper, bench.test)
     assert dials["temperature"] == fit_temperature(samples.probabilities.log(), bench.test.labels)
     costs = [
-        job.nll(scaled.predict(job, samples.state, {**samples.hyper, "temperature": value}, bench.test), bench.test)
+        nll(scaled.predict(job, samples.state, {**samples.hyper, "temperature": value}, bench.test), bench.test)
         for value in (dials["temperature"], 1.0)
     ]
     assert costs[0] < costs[1]
@@ -219,7 +219,7 @@ def test_an_ensemble_of_equal_seeds_is_one_member(
     method, hyper = METHODS["ensemble"], METHODS["adamw"].candidates[0]
     monkeypatch.setattr(adamw, "SPACING", 0)
     state = method.fit(job, {}, hyper)
-    assert torch.equal(state["members"], weights(job).expand(2, -1))
+    assert torch.equal(state["members"], job.weights().expand(2, -1))
     torch.testing.assert_close(method.predict(job, state, hyper, bench.test), expected, rtol=1e-12, atol=0)
 
 
@@ -244,7 +244,7 @@ def test_fixed_noise_of_sigma_0_is_adamw(bench: Bench, job: Job) -> None:
     expected = bench.outcome("adamw", 0)
     method, hyper = METHODS["fixed_noise"], {**METHODS["adamw"].candidates[0], "sigma": 0.0}
     state = method.train(job, hyper)
-    assert torch.equal(weights(job), expected.weights)
+    assert torch.equal(job.weights(), expected.weights)
     torch.testing.assert_close(
         method.predict(job, state, hyper, bench.test), expected.probabilities, rtol=1e-12, atol=0
     )
@@ -253,16 +253,17 @@ def test_fixed_noise_of_sigma_0_is_adamw(bench: Bench, job: Job) -> None:
 def test_fixed_noise_is_in_the_weights_and_has_its_sigma(job: Job) -> None:
     seen: list[Tensor] = []
     optimizer = torch.optim.SGD(job.parameters, lr=0.0)
-    noise = torch.Generator().manual_seed(3)
-    mean = weights(job)
+    sampled, mean = adamw.noisy(job, 0.5, TRAINING), job.weights()
 
-    def loss(batch: data.Batch) -> Tensor:
-        seen.append(weights(job) - mean)
-        return job.cross_entropy(batch)
+    @contextmanager
+    def around() -> Iterator[None]:
+        with sampled():
+            yield
+            seen.append(job.weights() - mean)
 
-    job.finetune(optimizer, loss=loss, around=lambda: adamw.noisy(job, 0.5, noise))
+    job.finetune(optimizer, around=around)
     draws = torch.stack(seen)
-    assert torch.equal(weights(job), mean)
+    assert torch.equal(job.weights(), mean)
     # standard errors of the mean and of the standard deviation, five of them
     assert abs(draws.mean()) < 5 * 0.5 / math.sqrt(draws.numel())
     assert abs(draws.std() - 0.5) < 5 * 0.5 / math.sqrt(2 * draws.numel())
@@ -309,13 +310,13 @@ def test_swag_collects_the_iterates_of_the_last_part(job: Job, monkeypatch: pyte
     state = METHODS["swag"].train(job, hyper)
     iterates = torch.stack(collected).double()
     assert len(iterates) == 4
-    torch.testing.assert_close(weights(job).double(), iterates.mean(0), rtol=0, atol=1e-6)
-    assert state["deviations"].shape == (4, len(weights(job)))
+    torch.testing.assert_close(job.weights().double(), iterates.mean(0), rtol=0, atol=1e-6)
+    assert state["deviations"].shape == (4, len(job.weights()))
 
 
 def test_swag_without_spread_predicts_at_its_mean(bench: Bench, job: Job) -> None:
     found = bench.outcome("swag", 0)
-    write(job, found.weights)
+    job.write(found.weights)
     state = {key: torch.zeros_like(value) for key, value in found.state.items()}
     at_mean = job.logits(bench.test).softmax(1)
     predicted = METHODS["swag"].predict(job, state, found.hyper, bench.test)
@@ -381,7 +382,7 @@ def test_blob_without_noise_and_prior_is_adamw_without_dropout(job: Job, bench: 
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     METHODS["adamw"].train(expected, hyper)
-    assert torch.equal(weights(job), weights(expected))
+    assert torch.equal(job.weights(), expected.weights())
 
 
 def test_blob_follows_the_divergence(job: Job) -> None:
@@ -412,7 +413,7 @@ def test_blob_ends_at_its_prior(job: Job) -> None:
 
 def test_blob_predicts_with_samples_of_a(bench: Bench, job: Job) -> None:
     found = bench.outcome("blob", 0)
-    write(job, found.weights)
+    job.write(found.weights)
     mean = {name: layer.weight.detach().clone() for name, layer in blob.layers(job).items()}
     noise = torch.Generator().manual_seed(0)
     scores: list[Tensor] = []

@@ -10,11 +10,7 @@ from benchmarks.quality.method import Method
 
 
 def all_methods() -> dict[str, Method]:
-    """The methods by name, each after its base.
-
-    Raises:
-        UserError: A file has no table, two methods share a name, or a base is missing.
-    """
+    """The methods by name, each after its base."""
     found: dict[str, Method] = {}
     for info in iter_modules(__path__):
         table = getattr(import_module(f"{__name__}.{info.name}"), "METHODS", ())

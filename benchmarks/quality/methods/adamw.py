@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from benchmarks.finetune.data import EncodedExamples
-from benchmarks.quality.adapter import PREDICTION, TRAINING, dropping_out, generator, holding, weights, write
-from benchmarks.quality.job import Job
-from benchmarks.quality.method import Hyper, Method, State
+from benchmarks.quality.method import PREDICTION, TRAINING, Hyper, Job, Method, State
 from ivon_kernels.posterior import fit_temperature, scale
 
-MEMBERS = 5
-"""Of an ensemble, as in both papers; a job with fewer samples has as many members as samples."""
+MEMBERS = 5  # of an ensemble, as in both papers; a job with fewer samples has as many members as samples
 SPACING = 1000
 """Between the seeds of the members: more than there are seeds in a run, so that no two runs share a member."""
+TEMPERATURE = "Guo et al., ICML 2017, section 4.2"
 
 
 def optimizer(job: Job, hyper: Hyper) -> torch.optim.AdamW:
@@ -30,9 +29,6 @@ class AdamW(Method):
     def train(self, job: Job, hyper: Hyper) -> State:
         job.finetune(optimizer(job, hyper))
         return {}
-
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        return job.logits(examples).softmax(1)
 
 
 class TemperatureScaling(Method):
@@ -55,48 +51,50 @@ class MCDropout(Method):
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
             torch.manual_seed(job.seed)
-            return job.average(examples, lambda sample: dropping_out(job, hyper["dropout"]))
+            return job.average(examples, lambda: job.dropping_out(hyper["dropout"]))
 
 
 class Ensemble(Method):
     """Adapters that are trained each from its own start. The first is AdamW's own; fitting trains the others."""
 
     def fit(self, job: Job, state: State, hyper: Hyper) -> State:
-        first, others = weights(job), []
+        first, others = job.weights(), []
         for member in range(1, min(job.samples, MEMBERS)):
             seed = job.seed + SPACING * member  # of its start, batches and dropout
             job.restart(seed)
             job.finetune(optimizer(job, hyper), seed=seed)
-            others.append(weights(job))
-        write(job, first)
+            others.append(job.weights())
+        job.write(first)
         return {"members": torch.stack(others)} if others else {}
 
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        total, members = job.logits(examples).softmax(1), 1
+        found = [job.logits(examples).softmax(1)]
         for member in state.get("members", ()):
-            with holding(job, member.to(job.device)):
-                total = total + job.logits(examples).softmax(1)
-            members += 1
-        return total / members
+            with job.holding(member.to(job.device)):
+                found.append(job.logits(examples).softmax(1))
+        return torch.stack(found).mean(0)
 
 
 class FixedNoise(Method):
     """Gradients at noisy weights, steps from the mean, as IVON does it; but one variance for all, never learned."""
 
     def train(self, job: Job, hyper: Hyper) -> State:
-        noise = generator(job, TRAINING)
-        job.finetune(optimizer(job, hyper), around=lambda: noisy(job, hyper["sigma"], noise))
+        job.finetune(optimizer(job, hyper), around=noisy(job, hyper["sigma"], TRAINING))
         return {}
 
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        noise = generator(job, PREDICTION)
-        return job.average(examples, lambda sample: noisy(job, hyper["sigma"], noise))
+        return job.average(examples, noisy(job, hyper["sigma"], PREDICTION))
 
 
-def noisy(job: Job, sigma: float, noise: torch.Generator) -> AbstractContextManager[None]:
-    """A sample of a Gaussian around the adapter's weights, with the standard deviation `sigma`, for a block."""
-    mean = weights(job)
-    return holding(job, mean + sigma * torch.randn(mean.shape, generator=noise, device=mean.device))
+def noisy(job: Job, sigma: float, stream: int) -> Callable[[], AbstractContextManager[None]]:
+    """Blocks with samples of a Gaussian around the adapter's weights, of standard deviation `sigma`."""
+    noise = job.generator(stream)
+
+    def sampled() -> AbstractContextManager[None]:
+        mean = job.weights()
+        return job.holding(mean + sigma * torch.randn(mean.shape, generator=noise, device=mean.device))
+
+    return sampled
 
 
 METHODS = (
@@ -106,7 +104,7 @@ METHODS = (
         "Loshchilov and Hutter, ICLR 2019",
         candidates=tuple({"lr": lr} for lr in (4e-3, 2e-3, 8e-3, 1e-3)),
     ),
-    TemperatureScaling("temperature", "AdamW, temperature scaling", "Guo et al., ICML 2017, section 4.2", base="adamw"),
+    TemperatureScaling("temperature", "AdamW, temperature scaling", TEMPERATURE, base="adamw"),
     MCDropout(
         "mc_dropout",
         "MC dropout",

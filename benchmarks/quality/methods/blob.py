@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -13,13 +14,10 @@ from torch import Tensor, nn
 
 from benchmarks.finetune.data import EncodedExamples
 from benchmarks.finetune.train import linear
-from benchmarks.quality.adapter import PREDICTION, TRAINING, dropping_out, generator
-from benchmarks.quality.job import Job
-from benchmarks.quality.method import Hyper, Method, State
+from benchmarks.quality.method import PREDICTION, TRAINING, Hyper, Job, Method, State
 from benchmarks.quality.methods.adamw import optimizer
 
-PRIOR_SIGMA = 0.2
-"""Standard deviation of A's prior, as in the published runs."""
+PRIOR_SIGMA = 0.2  # standard deviation of A's prior, as in the published runs
 
 
 class Blob(Method):
@@ -30,8 +28,11 @@ class Blob(Method):
     """
 
     def train(self, job: Job, hyper: Hyper) -> State:
-        noise = generator(job, TRAINING)
-        roots = {name: initial_root(layer, hyper["spread"], noise) for name, layer in layers(job).items()}
+        noise, spread = job.generator(TRAINING), hyper["spread"]
+        roots = {  # uniform at the start, as in the paper
+            name: nn.Parameter(torch.empty_like(layer.weight).uniform_(spread / math.sqrt(2), spread, generator=noise))
+            for name, layer in layers(job).items()
+        }
         adamw = optimizer(job, hyper)
         adamw.add_param_group({"params": list(roots.values())})
         period = kl_period(job)
@@ -41,13 +42,13 @@ class Blob(Method):
             rate = hyper["kl_lr"] * linear(done, job.steps)
             follow_prior(job, roots, rate * kl_weight(done % period, period))
 
-        with dropping_out(job, 0.0), flipout(job, roots, noise):
+        with job.dropping_out(0.0), flipout(job, roots, noise):
             job.finetune(adamw, after_step=after_step)
         return {name: root.detach().clone() for name, root in roots.items()}
 
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        noise = generator(job, PREDICTION)
-        return job.average(examples, lambda sample: sampled(job, state, noise))
+        noise = job.generator(PREDICTION)
+        return job.average(examples, lambda: sampled(job, state, noise))
 
 
 def layers(job: Job) -> dict[str, nn.Linear]:
@@ -56,41 +57,24 @@ def layers(job: Job) -> dict[str, nn.Linear]:
     return {name: cast("nn.Linear", module.lora_A["default"]) for name, module in adapted}
 
 
-def initial_root(layer: nn.Linear, spread: float, noise: torch.Generator) -> nn.Parameter:
-    """G at the start of training: uniform from ``spread / sqrt(2)`` to `spread`, as in the paper."""
-    root = torch.empty_like(layer.weight, requires_grad=False)
-    return nn.Parameter(root.uniform_(spread / math.sqrt(2), spread, generator=noise))
-
-
 @contextmanager
 def flipout(job: Job, roots: Mapping[str, Tensor], noise: torch.Generator) -> Iterator[None]:
     """Every forward pass inside the block draws A, with independent signs for each example (Flipout)."""
-    with ExitStack() as stack:
-        for name, layer in layers(job).items():
-            stack.enter_context(layer.register_forward_hook(_noise_hook(roots[name], noise)))
-        yield
 
-
-def _noise_hook(root: Tensor, noise: torch.Generator) -> Any:
-    def add_noise(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    def add_noise(root: Tensor, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return output + flipout_noise(inputs[0], root.square(), noise)
 
-    return add_noise
+    with ExitStack() as stack:
+        for name, layer in layers(job).items():
+            stack.enter_context(layer.register_forward_hook(partial(add_noise, roots[name])))
+        yield
 
 
 def flipout_noise(x: Tensor, sigma: Tensor, noise: torch.Generator) -> Tensor:
     """``t * ((s * x) (sigma * E)^T)``: what noise on a linear layer's weight adds to its output.
 
-    The normals E are shared by all examples, the signs s and t are each example's own, the same for all of its tokens:
-    an example sees one draw of the weight, and two examples' draws are uncorrelated.
-
-    Args:
-        x: Inputs ``[examples, ..., in]``.
-        sigma: Standard deviations of the weight ``[out, in]``.
-        noise: Of the normals and the signs.
-
-    Returns:
-        ``[examples, ..., out]``.
+    The normals E ``[out, in]`` are shared by all examples, the signs s and t are each example's own, the same for all
+    of its tokens: an example sees one draw of the weight, and two examples' draws are uncorrelated.
     """
     rows, between = x.shape[0], (1,) * (x.dim() - 2)
     normals = torch.randn(sigma.shape, generator=noise, device=x.device, dtype=sigma.dtype)
@@ -134,18 +118,15 @@ def follow_prior(job: Job, roots: Mapping[str, Tensor], time: float) -> None:
 @contextmanager
 def sampled(job: Job, roots: State, noise: torch.Generator) -> Iterator[None]:
     """Every A is a draw from its posterior inside the block, and the mean again after it."""
-    means = {layer: layer.weight.detach().clone() for layer in layers(job).values()}
+    mean = job.weights()
     try:
         with torch.no_grad():
             for name, layer in layers(job).items():
                 sigma = roots[name].to(job.device).square()
-                normals = torch.randn(sigma.shape, generator=noise, device=sigma.device)
-                layer.weight.add_(sigma * normals)
+                layer.weight.add_(sigma * torch.randn(sigma.shape, generator=noise, device=sigma.device))
         yield
     finally:
-        with torch.no_grad():
-            for layer, mean in means.items():
-                layer.weight.copy_(mean)
+        job.write(mean)
 
 
 METHODS = (

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.finetune.data import EncodedExamples
-from benchmarks.quality.job import Job
-from benchmarks.quality.method import Hyper, Method, State
-from benchmarks.quality.methods.adamw import TemperatureScaling
+from benchmarks.quality.method import Hyper, Job, Method, State
+from benchmarks.quality.methods.adamw import TEMPERATURE, TemperatureScaling
 from ivon_kernels import IVON
 from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.names import weight_names
 from ivon_kernels.posterior import Posterior
 
-STACKED_BATCH = 12
-"""Examples of a forward pass that several samples share."""
-FROZEN = 1 - 2**-40
-"""beta2: what a step adds to the Hessian is below its rounding error."""
+STACKED_BATCH = 12  # examples of a forward pass that several samples share
+FROZEN = 1 - 2**-40  # beta2: what a step adds to the Hessian is below its rounding error
 
 
 def optimizer(job: Job, hyper: Hyper) -> IVON:
@@ -37,14 +33,11 @@ def state_of(posterior: Posterior) -> State:
 
 def posterior_of(job: Job, state: State, hyper: Hyper) -> Posterior:
     """The posterior around the weights that the model holds."""
-    known = weight_names(job.model)
-    number = {param: index for index, param in enumerate(job.parameters)}
-    decay = hyper.get("weight_decay", 0.0)
-    gaussians = {}
+    known, order = weight_names(job.model), {param: index for index, param in enumerate(job.parameters)}
+    gaussians, decay = {}, hyper.get("weight_decay", 0.0)
     for name, hess in state.items():
-        param = known[name]
-        mean = param.detach().float().clone()
-        gaussians[name] = Gaussian(mean, hess.to(param.device), number[param], hyper["ess"], decay)
+        mean = known[name].detach().float().clone()
+        gaussians[name] = Gaussian(mean, hess.to(mean.device), order[known[name]], hyper["ess"], decay)
     return Posterior(gaussians, job.seed)
 
 
@@ -68,23 +61,13 @@ def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samp
     return found[:, torch.tensor(index).argsort()]
 
 
-@dataclass(frozen=True)
 class Ivon(Method):
-    """Finetuning with IVON, the rate falling linearly to zero; one pass at the mean costs what AdamW's costs.
-
-    Attributes:
-        fixed: Settings of the training over those of a candidate.
-    """
-
-    fixed: Hyper = field(default_factory=dict)
+    """Finetuning with IVON, the rate falling linearly to zero; one pass at the mean costs what AdamW's costs."""
 
     def train(self, job: Job, hyper: Hyper) -> State:
-        found = optimizer(job, {**hyper, **self.fixed})
+        found = optimizer(job, hyper)
         job.finetune(found)
         return state_of(found.posterior(job.model))
-
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        return job.logits(examples).softmax(1)
 
 
 class Samples(Ivon):
@@ -93,6 +76,13 @@ class Samples(Ivon):
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         posterior = posterior_of(job, state, hyper).tempered(hyper.get("temperature", 1.0))
         return predict_each(job, posterior, examples, job.samples).mean(0)
+
+
+class Frozen(Samples):
+    """The Hessian stays what it starts as."""
+
+    def train(self, job: Job, hyper: Hyper) -> State:
+        return super().train(job, {**hyper, "beta2": FROZEN})
 
 
 class ScaledSamples(TemperatureScaling):
@@ -120,6 +110,7 @@ _WARM = {"lr": 1.5, "ess": 3.2e5, "hess_init": 0.04, "beta2": 0.999}
 # weights move by (sigma 0.06), so that the mean has to lie in a wide valley. Too much noise for 60 steps.
 _LONG = {"lr": 1.0, "ess": 6.9e3, "hess_init": 0.04, "beta2": 0.999}
 _TEMPERATURES = tuple({"temperature": value} for value in (1.0, 0.3, 0.1, 3.0))
+_SHARES = tuple({"pruned": share} for share in (0.1, 0.3, 0.5, 0.7))
 _PAPER = "Cong et al. 2024, arXiv 2411.04421"
 _TEMPERED = "ivon_kernels.posterior.Posterior.tempered"
 _SCALED = "Rahaman and Thiery, NeurIPS 2021, arXiv 2007.08792 (pool, then calibrate)"
@@ -130,33 +121,20 @@ METHODS = (
     Samples("ivon_samples", "IVON, samples", f"{_PAPER}, section 3", base="ivon"),
     Samples("ivon_tempered", "IVON, tempered samples", _TEMPERED, base="ivon", dials=_TEMPERATURES),
     ScaledSamples("ivon_samples_scaled", "IVON, scaled samples", _SCALED, base="ivon"),
-    Pruned(
-        "ivon_pruned",
-        "IVON, pruned mean",
-        "arXiv 2506.14280",
-        base="ivon",
-        dials=tuple({"pruned": share} for share in (0.1, 0.3, 0.5, 0.7)),
-    ),
-    Samples(
+    Pruned("ivon_pruned", "IVON, pruned mean", "arXiv 2506.14280", base="ivon", dials=_SHARES),
+    Frozen(
         "ivon_frozen",
         "IVON, Hessian frozen, samples",
         "beta2 so close to 1 that the Hessian is never updated",
         ablation=True,
         candidates=_PUBLISHED,
-        fixed={"beta2": FROZEN},
     ),
     Ivon("ivon_adaptive", "IVON, recipe: mean", _RECIPE, candidates=(_ADAPTIVE,)),
     Samples("ivon_warm", "IVON, recipe: tempered samples", _RECIPE, candidates=(_WARM,), dials=_TEMPERATURES),
     Ivon("ivon_long", "IVON, many epochs: mean", _EPOCHS, candidates=(_LONG,)),
     Samples("ivon_long_samples", "IVON, many epochs: samples", f"{_PAPER}, section 3", base="ivon_long"),
     Samples(
-        "ivon_long_tempered",
-        "IVON, many epochs: tempered samples",
-        _TEMPERED,
-        base="ivon_long",
-        dials=_TEMPERATURES,
+        "ivon_long_tempered", "IVON, many epochs: tempered samples", _TEMPERED, base="ivon_long", dials=_TEMPERATURES
     ),
-    TemperatureScaling(
-        "ivon_long_scaled", "IVON, many epochs: scaled mean", "Guo et al., ICML 2017, section 4.2", base="ivon_long"
-    ),
+    TemperatureScaling("ivon_long_scaled", "IVON, many epochs: scaled mean", TEMPERATURE, base="ivon_long"),
 )

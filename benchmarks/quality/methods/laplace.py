@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -21,23 +21,15 @@ from torch import Tensor, nn
 
 from benchmarks.finetune.data import Batch, EncodedExamples
 from benchmarks.finetune.model import LabelScorer
-from benchmarks.quality.job import Job
-from benchmarks.quality.method import Hyper, Method, State
+from benchmarks.quality.method import Hyper, Job, Method, State, nll
 
 INSTALL = "pip install --no-deps -r benchmarks/no-deps.txt"
-RANK = 10
-"""Eigenvectors kept of the larger Kronecker factor of a layer, as in the paper; of the smaller one all are."""
-PRIOR_RANGE = (1e-4, 1e8)
-"""Where the prior precision is looked for."""
-FIT_BATCH = 8
-"""Examples of one length that go through the model together when the factors are computed."""
-PREDICTION_BATCH = 8
-"""Examples of a pass at prediction."""
-LOGIT_SAMPLES = 10_000
-"""Samples of an example's logits; the model is not run for them."""
+RANK = 10  # eigenvectors kept of the larger Kronecker factor of a layer, as in the paper; of the smaller one all are
+PRIOR_RANGE = (1e-4, 1e8)  # where the prior precision is looked for
+BATCH = 8  # examples of a pass: of one length when the factors are computed, of any at prediction
+LOGIT_SAMPLES = 10_000  # samples of an example's logits; the model is not run for them
 
-Layers = dict[str, nn.Linear]
-"""LoRA's matrices that get a posterior, by name, in the model's order."""
+Layers = dict[str, nn.Linear]  # LoRA's matrices that get a posterior, by name, in the model's order
 
 
 @dataclass(frozen=True)
@@ -48,12 +40,9 @@ class Laplace(Method):
     outer products of its inputs, G the sum of those of its output gradients, delta the prior precision that maximises
     the marginal likelihood. A prediction averages the softmax over samples of the logits' Gaussian
     ``N(f(x), J (G x A + delta I)^-1 J^T)`` (the paper's sections 3 and 4).
-
-    Attributes:
-        last_only: Whether only the last layer with LoRA gets a posterior, below which no backward pass has to go.
     """
 
-    last_only: bool = False
+    last_only: bool = False  # only the last layer with LoRA gets a posterior, below which no backward pass has to go
 
     def fit(self, job: Job, state: State, hyper: Hyper) -> State:
         return fit(job, lora_layers(job.model, self.last_only))
@@ -65,7 +54,7 @@ class Laplace(Method):
     def tune(self, job: Job, state: State, hyper: Hyper, validation: EncodedExamples) -> Hyper:
         # As the harness does, but with one run of the model for all the dials.
         mean, covariances = self._moments(job, state, [dial["prior_scale"] for dial in self.dials], validation)
-        costs = [job.nll(probabilities(mean, covariance, job.seed), validation) for covariance in covariances]
+        costs = [nll(probabilities(mean, covariance, job.seed), validation) for covariance in covariances]
         return self.dials[costs.index(min(costs))]
 
     def _moments(
@@ -99,14 +88,10 @@ def _block(name: str) -> str:
 
 
 def fit(job: Job, layers: Layers) -> State:
-    """The posterior precision, from the job's training set.
+    """The posterior precision, from the job's training set, float32.
 
-    Returns:
-        float32: ``prior_precision`` ``[1]`` and, for every layer and for `side` in ``out`` and ``in``, the eigenvalues
-        ``layer.side.values`` ``[k]`` and eigenvectors ``layer.side.vectors`` ``[width, k]`` of the factor.
-
-    Raises:
-        RuntimeError: laplace-torch is not installed.
+    ``prior_precision [1]`` and, for every layer and for `side` in ``out`` and ``in``, the eigenvalues
+    ``layer.side.values [k]`` and eigenvectors ``layer.side.vectors [width, k]`` of the factor.
     """
     try:
         from laplace import KronLaplace
@@ -170,9 +155,9 @@ class _EqualLengths:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _, group in groupby(self.dataset.in_length_order(1), key=lambda batch: batch.input_ids.shape[1]):
             rows = list(group)
-            for start in range(0, len(rows), FIT_BATCH):
+            for start in range(0, len(rows), BATCH):
                 self._guard.check()
-                part = rows[start : start + FIT_BATCH]
+                part = rows[start : start + BATCH]
                 yield torch.cat([row.input_ids for row in part]), torch.cat([row.labels for row in part])
 
 
@@ -184,9 +169,9 @@ def only_trainable(model: nn.Module, layers: Layers) -> Iterator[None]:
     model.eval()
     for param in trained:
         param.requires_grad_(False)
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
     try:
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
         with torch.enable_grad():
             yield
     finally:
@@ -199,19 +184,15 @@ def only_trainable(model: nn.Module, layers: Layers) -> Iterator[None]:
 def moments(
     job: Job, state: State, layers: Layers, precisions: Sequence[float], examples: EncodedExamples
 ) -> tuple[Tensor, Tensor]:
-    """The Gaussian of every example's logits, less the last class's, under the linearised model.
+    """The Gaussian of every example's logits, less the last class's: all prior precisions for the price of one.
 
-    All prior precisions for the price of one.
-
-    Returns:
-        Means ``[examples, classes]`` and covariances ``[precisions, examples, classes, classes]``, float64, on the CPU;
-        0 for the last class.
+    Means ``[examples, classes]`` and covariances ``[precisions, examples, classes, classes]``, float64, on the CPU.
     """
     order: list[int] = []
     means, covariances = [], []
     state = {name: tensor.to(job.device) for name, tensor in state.items()}
     with only_trainable(job.model, layers):
-        for batch in job.batches(examples, PREDICTION_BATCH):
+        for batch in job.batches(examples, BATCH):
             logits, jacobians = logits_and_jacobians(job, layers, batch)
             order += batch.index
             means.append(logits.double().cpu())
@@ -235,13 +216,11 @@ def logits_and_jacobians(job: Job, layers: Layers, batch: Batch) -> tuple[Tensor
     def keep(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
         inputs[module], outputs[module] = arguments[0].detach(), output
 
-    handles = [layer.register_forward_hook(keep) for layer in layers.values()]
-    try:
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.enter_context(layer.register_forward_hook(keep))
         logits = job.scorer(batch)
-        logits = logits - logits[:, -1:]
-    finally:
-        for handle in handles:
-            handle.remove()
+    logits = logits - logits[:, -1:]
     needed = logits.shape[1] - 1
     targets = [outputs[layer] for layer in layers.values()]
     gradients = [torch.autograd.grad(logits[:, k].sum(), targets, retain_graph=k + 1 < needed) for k in range(needed)]
@@ -275,17 +254,10 @@ def probabilities(mean: Tensor, covariance: Tensor, seed: int) -> Tensor:
     return torch.stack([(m + noise @ root).softmax(1).mean(0) for m, root in zip(mean, roots, strict=True)])
 
 
-METHODS = tuple(
-    Laplace(
-        name,
-        title,
-        source,
-        base="adamw",
-        dials=tuple({"prior_scale": value} for value in (1.0, 10.0, 0.1, 100.0)),
-        last_only=last_only,
-    )
-    for name, title, source, last_only in (
-        ("laplace_all", "Laplace-LoRA, all layers", "Yang et al., ICLR 2024, arXiv 2308.13111", False),
-        ("laplace_last", "Laplace-LoRA, last layer", "Yang et al., ICLR 2024, arXiv 2308.13111: LLLA", True),
-    )
+_PAPER = "Yang et al., ICLR 2024, arXiv 2308.13111"
+_SCALES = tuple({"prior_scale": value} for value in (1.0, 10.0, 0.1, 100.0))
+
+METHODS = (
+    Laplace("laplace_all", "Laplace-LoRA, all layers", _PAPER, base="adamw", dials=_SCALES),
+    Laplace("laplace_last", "Laplace-LoRA, last layer", f"{_PAPER}: LLLA", base="adamw", dials=_SCALES, last_only=True),
 )

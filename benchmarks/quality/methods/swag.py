@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from benchmarks.finetune.data import EncodedExamples
-from benchmarks.quality.adapter import PREDICTION, generator, holding, weights, write
-from benchmarks.quality.job import Job
-from benchmarks.quality.method import Hyper, Method, State
+from benchmarks.quality.method import PREDICTION, Hyper, Job, Method, State
 from benchmarks.quality.methods.adamw import optimizer
 
-RANK = 5
-"""Deviations kept, as in the published configuration (`swag_max_num_models` in fortuinlab/swag-lora)."""
+RANK = 5  # deviations kept, as in the published configuration (`swag_max_num_models` in fortuinlab/swag-lora)
 
 
 class Swag(Method):
@@ -35,20 +31,16 @@ class Swag(Method):
 
         def collect(steps: int) -> None:
             if steps > start:
-                moments.add(weights(job))
+                moments.add(job.weights())
 
         job.finetune(optimizer(job, hyper), schedule=schedule, after_step=collect)
-        write(job, moments.mean)
+        job.write(moments.mean)
         return moments.state()
 
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        mean, noise = weights(job), generator(job, PREDICTION)
+        mean, noise = job.weights(), job.generator(PREDICTION)
         state = {name: value.to(job.device) for name, value in state.items()}
-
-        def sampled(sample: int) -> AbstractContextManager[None]:
-            return holding(job, mean + deviation(state, noise))
-
-        return job.average(examples, sampled)
+        return job.average(examples, lambda: job.holding(mean + deviation(state, noise)))
 
 
 class Moments:
@@ -88,11 +80,9 @@ METHODS = (
         "swag",
         "SWAG-LoRA",
         "Onal et al. 2024, arXiv 2405.03425; Maddox et al., NeurIPS 2019, algorithm 1 and equation 1",
-        candidates=(
-            {"lr": 4e-3, "swa_lr": 1e-3, "start": 0.5},
-            {"lr": 4e-3, "swa_lr": 2e-3, "start": 0.75},
-            {"lr": 8e-3, "swa_lr": 1e-3, "start": 0.75},
-            {"lr": 2e-3, "swa_lr": 1e-3, "start": 0.5},
+        candidates=tuple(
+            {"lr": lr, "swa_lr": swa_lr, "start": start}
+            for lr, swa_lr, start in ((4e-3, 1e-3, 0.5), (4e-3, 2e-3, 0.75), (8e-3, 1e-3, 0.75), (2e-3, 1e-3, 0.5))
         ),
     ),
 )
