@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ivon_kernels import IVON, available_backends
 from tests.support.helpers import train
 
-# The backends have the same bits, which tests/kernels shows: one of them learns, and plain PyTorch would take 20 times as
-# long for its noise.
+# The backends have the same bits, which tests/kernels shows: one of them learns, and plain PyTorch would take 20 times
+# as long for its noise.
 BACKEND = "reference" if available_backends()["cpu"] else "cpu"
 ELEMENTS = 4000
 ESS = 50.0
