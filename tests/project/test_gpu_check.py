@@ -9,10 +9,16 @@ import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from benchmarks.__main__ import app
+from benchmarks.speed.contender import BASELINE
+from benchmarks.speed.measure import Session
+from benchmarks.speed.record import Measurement
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,34 +42,75 @@ def verdicts(output: str) -> dict[str, str]:
     return {line.split()[0]: line.partition(" s  ")[2] for line in lines}
 
 
-@pytest.mark.slow
-def test_script_runs_every_part_and_reports_one_that_fails(tmp_path: Path) -> None:
-    tools = tmp_path / "tools"
+# Notes its arguments instead of starting what tests/benchmarks/test_speed_benchmark.py runs without a script around it:
+# every such process would import torch. A test run that finds no marked test ends with 5.
+INTERPRETER = """#!/bin/sh
+printf '%s\\t' "$@" >>"$LINES"
+echo >>"$LINES"
+case "$2 $3" in
+  pip*) exec "$REAL" "$@" ;;
+  pytest*) exit 5 ;;
+  "benchmarks speed") : >>"$RECORD" ;;
+esac
+"""
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def some_measurement(part: str) -> Callable[[Session], None]:
+    """In place of a part, as its own tests run it."""
+
+    def run(running: Session) -> None:
+        measured = Measurement(part, "w", "float32", BASELINE, False, "step", "ms", 1.0, 1.0, 1.0, [1.0])
+        running.record.replace_part(part, [measured])
+
+    return run
+
+
+def test_script_runs_every_part_and_reports_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools, out = tmp_path / "tools", tmp_path / "out"
     tools.mkdir()
-    sanitizer = tools / "compute-sanitizer"
-    sanitizer.write_text('#!/bin/sh\necho "$@"\n[ "$2" = memcheck ] || exit 86\n')
-    sanitizer.chmod(sanitizer.stat().st_mode | stat.S_IXUSR)
-    env = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "WHEELS": "/nonexistent"}
-    code, output = script(tmp_path / "out", env=env)
+    executable(tools / "compute-sanitizer", '#!/bin/sh\necho "$@"\n[ "$2" = memcheck ] || exit 86\n')
+    python = executable(tools / "python", INTERPRETER)
+    env = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "WHEELS": "/nonexistent", "PYTHON": str(python)}
+    env |= {"REAL": sys.executable, "LINES": str(tmp_path / "lines"), "RECORD": str(out / "speed.json")}
+    code, output = script(out, env=env)
     found = verdicts(output)
     assert found.pop("peers").startswith("failed: exit code")
     assert found.pop("racecheck") == "failed: exit code 86"  # as the tool ends when it finds something
-    assert found.pop("tests") in ("passed", "skipped")  # skipped: no test in the dry run's file is marked
+    assert found.pop("tests") == "skipped"
     assert found == dict.fromkeys(("build", "exercise", "memcheck", "steps", "model", "host"), "passed"), output
     assert code == 1
-    assert f"--tool racecheck --error-exitcode 86 {sys.executable} -m benchmarks.speed.exercise cpu" in output
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"check.log", "speed.json", "report.md", "speed.png", "roofline.png"}
-    record = json.loads((tmp_path / "out" / "speed.json").read_text())
+    assert f"--tool racecheck --error-exitcode 86 {python} -m benchmarks.speed.exercise cpu" in output
+    assert (out / "check.log").read_text() == output
+
+    lines = [line.split("\t")[1:-1] for line in (tmp_path / "lines").read_text().splitlines()]  # without -m
+    modules = ["pip", "pip", "ivon_kernels", "pytest", "benchmarks.speed.exercise", *["benchmarks"] * 4]
+    assert [module for module, *_ in lines] == modules
+    assert lines[3] == ["pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/kernels/test_noise.py"]
+    assert lines[4] == ["benchmarks.speed.exercise", "cpu"]
+
+    (out / "speed.json").unlink()
+    monkeypatch.setattr("benchmarks.speed.run._PARTS", {p: some_measurement(p) for p in ("steps", "model", "host")})
+    for _, *arguments in lines[5:]:
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    names = {path.name for path in out.iterdir()}
+    assert names == {"check.log", "speed.json", "report.md"}  # and pictures, where times of some sizes are known
+    record = json.loads((out / "speed.json").read_text())
     assert list(record["settings"]["parts"]) == ["steps", "model", "host"]  # merged into one record
-    assert (tmp_path / "out" / "check.log").read_text() == output
-    assert "Targets (the worst case of each): a dry run" in output[-10_000:]
+    assert "Targets (the worst case of each): a dry run" in result.output
 
 
 def test_script_builds_with_cmake_where_pip_cannot(tmp_path: Path) -> None:
     if shutil.which("cmake") is None:
         pytest.skip("no cmake on the PATH")
-    code, output = script(tmp_path, "build", env={"PIP_CONSTRAINT": "/nonexistent/constraints"})
+    no_compilers = {"CXX": "/nonexistent/c++", "CUDACXX": "/nonexistent/nvcc"}  # their trials take ten seconds
+    code, output = script(tmp_path, "build", env={"PIP_CONSTRAINT": "/nonexistent/constraints", **no_compilers})
     assert code == 0, output
     assert "building with cmake" in output
     assert verdicts(output) == {"build": "passed"}
