@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -24,6 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 from ivon_kernels import IVON, __version__
 from ivon_kernels.posterior import Posterior, PosteriorFileError
 from ivon_kernels.posterior.file import FILE
+from tests.support.elsewhere import digest_of_a_draw
+from tests.support.ranks import Ranks
 from tests.support.saved_posterior import assert_equal, save_lora, trained
 from tests.support.tiny_llm import IVON_OPTIONS, llama, lora_llama, same, weights
 
@@ -155,19 +155,10 @@ def test_saving_again_replaces_the_file_in_one_piece(tmp_path: Path, saved: tupl
     assert not list((tmp_path / "again").glob(".ivon_*"))
 
 
-def test_samples_are_the_same_in_another_process(saved: tuple[Path, Posterior]) -> None:
+def test_samples_are_the_same_in_another_process(saved: tuple[Path, Posterior], ranks: Ranks) -> None:
     folder, posterior = saved
-    program = (
-        "import sys, hashlib, torch; from ivon_kernels.posterior import Posterior\n"
-        "torch.set_num_threads(int(sys.argv[2])); weights = Posterior.load(sys.argv[1]).draw(11, backend=sys.argv[3])\n"
-        "print(hashlib.sha256(b''.join(w.numpy().tobytes() for w in weights.values())).hexdigest())"
-    )
-    found = {
-        subprocess.run(
-            [sys.executable, "-c", program, str(folder), threads, backend], capture_output=True, text=True, check=True
-        ).stdout
-        for threads, backend in (("1", "reference"), ("2", "cpu"))
-    }
+    found = {ranks.run(1, digest_of_a_draw, folder, *how)[0] for how in ((1, "reference"), (2, "cpu"))}
+    found.add(digest_of_a_draw(folder, 1, "reference"))
     assert len(found) == 1
     assert all(w.equal(posterior.draw(11)[name]) for name, w in Posterior.load(folder).draw(11).items())
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from ivon_kernels import IVON, lora
 from ivon_kernels.posterior import Gaussians, Posterior, Prediction, generate, generate_averaged, next_token, predict
 from ivon_kernels.predict import prediction
+from tests.support.elsewhere import drawn_and_predicted
 from tests.support.posterior_models import ROUNDING, Trained, features, tokens, train, trained_classifier, trained_llama
+from tests.support.ranks import Ranks
 from tests.support.tiny_llm import llama, same, weights
 
 # PEFT reads what transformers is renaming.
@@ -350,35 +350,15 @@ def test_known_entropies() -> None:
 
 # ---- elsewhere ------------------------------------------------------------------------------------------------------
 
-ELSEWHERE = """
-import sys
-import torch
-from peft import PeftModel
-from ivon_kernels.posterior import Posterior, next_token, predict
-from tests.support.posterior_models import tokens
-from tests.support.tiny_llm import llama
-
-folder = sys.argv[1]
-torch.set_num_threads(2)
-posterior = Posterior.load(folder)
-model = PeftModel.from_pretrained(llama(), folder)
-score = next_token([4, 5, 9])
-batch = {"input_ids": tokens(3, 5)}
-found = [predict(posterior, model, batch, samples=4, score=score, stacked=s).probabilities for s in (True, False)]
-torch.save({"draw": posterior.draw(3), "found": found}, folder + "/elsewhere.pt")
-"""
-
 
 @pytest.mark.slow
-def test_another_process_with_other_threads_predicts_the_same(llm: Trained, tmp_path: Path) -> None:
+def test_another_process_with_other_threads_predicts_the_same(llm: Trained, tmp_path: Path, ranks: Ranks) -> None:
     llm.model.save_pretrained(tmp_path)
     llm.posterior.save(tmp_path)
-    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, str(tmp_path)]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=600)
-    elsewhere = torch.load(tmp_path / "elsewhere.pt", weights_only=True)
-    assert same(elsewhere["draw"], llm.posterior.draw(3))
+    ((drawn, elsewhere),) = ranks.run(1, drawn_and_predicted, tmp_path)
+    assert same(drawn, llm.posterior.draw(3))
     expected = predict(llm.posterior, llm.model, ids_of(tokens(3, 5)), samples=4, score=SCORE).probabilities
-    for found in elsewhere["found"]:
+    for found in elsewhere:
         torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
     loaded = peft.PeftModel.from_pretrained(llama(), tmp_path)
     here = predict(Posterior.load(tmp_path), loaded, ids_of(tokens(3, 5)), samples=4, score=SCORE)
