@@ -145,7 +145,9 @@ def _die_with_parent() -> None:
 
 def _answer(task: bytes) -> bytes:
     try:
-        return pickle.dumps((True, _call(*pickle.loads(task))))
+        arguments = pickle.loads(task)
+        gc.freeze()  # so that the collection after the call passes over what the function's module has imported
+        return pickle.dumps((True, _call(*arguments)))
     except BaseException:
         return pickle.dumps((False, traceback.format_exc()))
 
