@@ -11,15 +11,22 @@ import itertools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import ivon
 import pytest
 import torch
 from torch import Tensor
 
-from ivon_kernels import IVON, noise
-from tests.support.helpers import fed_with_our_normals, parameters, relative_error, state, train, train_modes
+from ivon_kernels import IVON
+from tests.support.helpers import (
+    fed_with_our_normals,
+    normals_computed_once,
+    parameters,
+    relative_error,
+    state,
+    train,
+    train_modes,
+)
 
 SAMPLES = 200  # of a run: so many steps with one sample each, a quarter with four
 SEED = 20402
@@ -66,10 +73,8 @@ def run(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _normals_are_computed_once() -> Iterator[None]:
-    """Every run sees the same noise, and plain PyTorch takes its time for it."""
-    known = functools.cache(noise.normals)
-    with mock.patch.object(noise, "normals", lambda *args, **options: known(*args, **options).clone()):
+def _every_run_sees_the_same_noise() -> Iterator[None]:
+    with normals_computed_once():
         yield
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,11 +26,26 @@ from hypothesis.stateful import (
 from torch import Tensor, nn
 
 from ivon_kernels import IVON, noise
-from tests.support.helpers import Equations, assert_same, flat, parameters, relative_error, snapshot
+from tests.support.helpers import (
+    Equations,
+    assert_same,
+    flat,
+    normals_computed_once,
+    parameters,
+    relative_error,
+    snapshot,
+)
 
 SEED = 11
 # The `backend` fixture gives every example the same value.
 per_backend = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _every_example_has_the_same_seed() -> Iterator[None]:
+    with normals_computed_once():
+        yield
+
 
 sizes = st.one_of(st.integers(0, 40), st.sampled_from([1023, 1025]))
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

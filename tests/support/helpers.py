@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -144,6 +145,14 @@ def sample_of(optimizer: IVON, step: int, sample: int = 0) -> list[Tensor]:
             result.append(s["mean"].double() + sigma * eps.double())
             index += 1
     return result
+
+
+@contextlib.contextmanager
+def normals_computed_once() -> Iterator[None]:
+    """Remembers the noise's normals, for many runs that see the same ones: plain PyTorch takes its time for them."""
+    known = functools.cache(noise.normals)
+    with mock.patch.object(noise, "normals", lambda *args, **options: known(*args, **options).clone()):
+        yield
 
 
 @contextlib.contextmanager
