@@ -3,7 +3,8 @@
 A compilation takes one to two seconds, and the flags of a step alone have 216 combinations. Compiled are, besides what
 `_jobs` has for all GPUs:
 
-- sm_90: every step that ordinary training takes, which is on whole tensors with gradients of their own dtype;
+- sm_90: `ORDINARY`, steps on whole tensors with gradients of their own dtype: every dtype with every value of every
+  flag, and every pair of the flags' values;
 - sm_80, sm_100, gfx942: `PLAIN` instead, which has every dtype and every pair of the flags' values. Registers and
   instructions are chosen per GPU, but what variants differ in comes from the same text and Triton's same passes;
 - all: the other kernels by `SMALL`, with every dtype but `_jobs`'s float32, aligned and not;
@@ -39,6 +40,14 @@ STEP, STEP_AND_DRAW = (F32, F32, False, False), (F32, F32, False, True)
 PLAIN = (
     (F32, F32, False, True, True, WHOLE),
     (BF16, BF16, True, True, False, WHOLE),
+    (F16, F16, True, False, True, WHOLE),
+)
+ORDINARY = (
+    (F32, F32, False, False, False, WHOLE),
+    (F32, F32, True, True, True, WHOLE),
+    (BF16, BF16, False, True, True, WHOLE),
+    (BF16, BF16, True, False, False, WHOLE),
+    (F16, F16, False, True, False, WHOLE),
     (F16, F16, True, False, True, WHOLE),
 )
 SHARDED = (
@@ -120,10 +129,7 @@ def test_machine_code(gpu: str) -> None:
 
 def _more_jobs(gpu: str) -> list[Job]:
     """The variants that `_jobs` leaves out, as the module's docstring says."""
-    steps: list[tuple[Any, ...]] = [*PLAIN]
-    if gpu == "sm_90":
-        flags = itertools.product(DTYPES, (False, True), (False, True), (False, True))
-        steps = [(dtype, dtype, *others, WHOLE) for dtype, *others in flags]
+    steps = list(ORDINARY if gpu == "sm_90" else PLAIN)
     jobs = [Job(kernel, gpu, (dtype,), awkward) for kernel, dtype, awkward in SMALL]
     if gpu in ONE_OF_EACH_KIND:
         steps += SHARDED
@@ -141,9 +147,10 @@ def test_variants(gpu: str) -> None:
 
 
 def test_the_variants_cover() -> None:
-    """Every value of a flag of the step with every value of every other; on whole tensors the dtype is left out."""
+    """Every value of a flag of the step with every value of every other; in `PLAIN` the dtype is left out."""
     booleans = [(False, True)] * 3
     _assert_pairs([flags[2:5] for flags in (*PLAIN, (*STEP, False), (*STEP_AND_DRAW, False))], booleans)
+    _assert_pairs([(dtype, *flags[:3]) for dtype, _, *flags in ORDINARY], [DTYPES, *booleans])
     _assert_pairs([(dtype, *flags) for dtype, _, *flags in SHARDED], [DTYPES, *booleans, (ALIGNED, ANY)])
     assert {flags[0] for flags in PLAIN} == {flags[1] for flags in SHARDED} == set(DTYPES)
     kernels = ("sample", "restore", "check", "accumulate")

@@ -123,7 +123,7 @@ def test_poisoned_state_is_never_read_outside_its_view(backend: str) -> None:
                 if other.untyped_storage().data_ptr() == view.untyped_storage().data_ptr():
                     covered[other.storage_offset() : other.storage_offset() + other.numel()] = True
             whole[~covered] = float("nan")
-    train(optimizer, params, 3)
+    train(optimizer, params, 2)
     assert all(value.isfinite().all() for value in snapshot(optimizer).values())
 
 
@@ -180,12 +180,12 @@ def test_mixed_dtypes_train_as_if_alone(backend: str) -> None:
     """Every parameter's numbers are those that it has in an optimizer of its own (with the same noise index)."""
     params = [p for dtype in DTYPES for p in parameters(33, 6, dtype=dtype)]
     optimizer = IVON(params, backend=backend, **OPTIONS)
-    train(optimizer, params, 3)
+    train(optimizer, params, 2)
     for i, p in enumerate(params):
         twins = parameters(33, 6, dtype=p.dtype)
         fillers = [nn.Parameter(torch.zeros(1)) for _ in range(i)]
         alone = IVON([*fillers, twins[i % 2]], backend=backend, **OPTIONS)
-        for step in range(3):
+        for step in range(2):
             with alone.sampled_params(train=True):
                 alone.zero_grad()
                 bowl([*(p.new_zeros(0) for _ in range(i)), twins[i % 2]], step).backward()
