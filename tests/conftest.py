@@ -6,7 +6,6 @@ import gc
 import os
 from collections.abc import Iterator
 
-gc.disable()  # imports leave little garbage, and looking for it takes a quarter of their time
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything asks whether backend triton can be had
 
 import pytest
@@ -17,8 +16,11 @@ from ivon_kernels import available_backends
 from ivon_kernels.backends.triton_launch import installed, interpreted
 from tests.support import fast_interpreter, shake
 from tests.support.cuda_emulator import emulated
+from tests.support.helpers import normals_computed_once
+from tests.support.matrix import INTERPRETED
 from tests.support.ranks import Ranks
 
+gc.disable()  # until the tests are collected: imports leave little garbage, and the look for it takes a quarter longer
 interpreted()  # decides it for good: a test may change the variable later
 
 # The suite gives the same verdict every time; HYPOTHESIS_PROFILE=explore looks further, with fresh examples.
@@ -29,19 +31,24 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 ALL_BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out backend triton where a test is not marked ``on_triton``.
+    """Leaves out backend triton where a test is not marked ``on_triton``; the rest of it is ``slow``.
 
     Triton's interpreter takes about 0.3 s for a step of two small tensors, so that of the front end's tests it runs one
     or two of each promise. Its kernels are compared with the reference in files of their own.
     """
 
-    def left_out(item: pytest.Item) -> bool:
+    left_out = []
+    for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        return params.get("backend") == "triton" and item.get_closest_marker("on_triton") is None
-
-    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
-    items[:] = [item for item in items if not left_out(item)]
+        if params.get("backend") == "triton" and item.get_closest_marker("on_triton") is None:
+            left_out.append(item)
+        elif params.get("backend") == "triton" or params.get("target") == INTERPRETED:
+            item.add_marker(pytest.mark.slow)
+    config.hook.pytest_deselected(items=left_out)
+    gone = set(left_out)
+    items[:] = [item for item in items if item not in gone]
 
 
 def pytest_collection_finish() -> None:
@@ -67,6 +74,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         if reason := available_backends()[name]:
             pytest.skip(f"backend {name}: {reason}")
         yield name
+
+
+@pytest.fixture(scope="module")
+def known_normals() -> Iterator[None]:
+    """For a file whose runs see the same noise many times."""
+    with normals_computed_once():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from tests.support.commands import ended_well, invoke, refused
 from tests.support.finetune_model import save_tiny_model
 
 # PEFT asks transformers by a name that transformers is about to change.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
 SIZE, SAMPLES = 20, 2
 DOMAINS = ["vader_nyt", "vader_movie", "vader_amazon", "vader_tweets"]
 

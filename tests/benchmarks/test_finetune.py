@@ -99,6 +99,7 @@ def test_the_ivon_adapter_is_the_mean_of_the_saved_optimizer(finished: tuple[Pat
         assert not torch.equal(optimizer.state[parameter]["hess"], torch.full_like(parameter, 1e-3))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(tiny_model: Path, tmp_path: Path) -> None:
     def outcome(out: Path) -> Any:
         found = results(out)
@@ -187,6 +188,7 @@ def test_an_unreadable_model_ends_in_one_sentence(tmp_path: Path) -> None:
         refused(call(tmp_path / name, tmp_path / "out"), f"Cannot read the model '{tmp_path / name}': ")
 
 
+@pytest.mark.slow
 def test_without_a_network_a_hub_task_ends_in_one_sentence(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     arguments = [sys.executable, "-m", "benchmarks", *command("finetune", task="boolq", out=tmp_path / "out")]
@@ -266,6 +268,7 @@ def test_ctrl_c_keeps_what_was_trained(
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.slow
 def test_the_command_runs_and_stops_on_a_real_ctrl_c(tiny_model: Path, tmp_path: Path) -> None:
     options = {**QUICK, "model": tiny_model, "out": tmp_path, "steps": 10**6}
     environment = {**os.environ, "FORCE_COLOR": "1", "OMP_NUM_THREADS": "1"}  # a live progress bar, also into a pipe

@@ -31,7 +31,7 @@ from benchmarks.quality.workshop import Cells, key_of
 from tests.support.finetune_model import save_tiny_model
 
 # PEFT asks transformers by a name that transformers is about to change.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
 DOMAINS = ["vader_nyt", "vader_movie", "vader_amazon", "vader_tweets"]
 
 

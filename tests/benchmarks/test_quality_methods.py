@@ -26,7 +26,7 @@ from ivon_kernels.posterior import fit_temperature
 from tests.support.finetune_model import save_tiny_model
 
 # laplace-torch's dependencies call what torch has deprecated while they are imported.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")]
 
 METHODS = all_methods()
 CPU = torch.device("cpu")

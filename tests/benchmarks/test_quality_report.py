@@ -277,6 +277,7 @@ def page_of(folder: Path) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_the_page_with_everything(tmp_path: Path) -> None:
     style = dict(matplotlib.rcParams)
     record = json.loads(json.dumps(made()))
@@ -304,6 +305,7 @@ def test_the_page_with_everything(tmp_path: Path) -> None:
     assert "What failed" not in text and "Not finished" not in text
 
 
+@pytest.mark.slow
 def test_the_page_of_one_seed_without_votes_and_shift(tmp_path: Path) -> None:
     record = made(seeds=1, shifted=False, rated=False)
     record["hyperparameters"][TASK]["adamw"].update(tried=[], **{"from": "file"})

@@ -59,6 +59,7 @@ def rows(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_command_measures_checks_and_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One run of everything; peers that are new rows of the table; and what ran before is kept."""

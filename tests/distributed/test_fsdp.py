@@ -158,6 +158,7 @@ def saved_on_four(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> tup
     return folder, ranks.run(4, save_checkpoint, folder, "FSDP2", 3, "cpu")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "world"), [("FSDP2", 2), ("FSDP2", 1), ("HSDP", 4), ("plain", 1), ("columns", 2)])
 def test_a_checkpoint_of_four_ranks(
     ranks: Ranks, saved_on_four: tuple[str, dict[str, Any]], kind: str, world: int

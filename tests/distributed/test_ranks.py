@@ -46,6 +46,7 @@ def test_every_rank_answers(ranks: Ranks, world_size: int) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "message"),
     [

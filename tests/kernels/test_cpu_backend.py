@@ -136,6 +136,7 @@ def test_unknown_simd_level() -> None:
         cpu.set_simd_level("avx9000")
 
 
+@pytest.mark.slow
 def test_simd_variable_is_honoured_and_checked() -> None:
     code = "import ivon_kernels as k; from ivon_kernels.backends import cpu; r = k.available_backends()['cpu']; "
     code += "print(r or cpu.simd_level())"

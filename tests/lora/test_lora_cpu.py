@@ -185,6 +185,7 @@ def test_nothing_to_add(tokens: int, d_in: int, d_out: int, rank: int) -> None:
     assert torch.equal(kernel(out[:0], empty(0, d_in), a, b, []), out[:0])
 
 
+@pytest.mark.slow
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (9, 70, 120, 40))),
     count=st.integers(1, len(SAMPLES)),

@@ -156,6 +156,7 @@ def test_a_step_not_taken_at_all_redraws_nothing(backend: str) -> None:
 
 
 @modes_and_contexts
+@pytest.mark.slow
 def test_autocast_bfloat16(backend: str, modes: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))

@@ -12,7 +12,7 @@ from ivon_kernels import IVON
 
 STEPS = 8
 # Dynamo itself looks at .grad of tensors that are live across a graph break.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")]
 
 
 def _training(kind: str, backend: str) -> tuple[Callable[[], Tensor], IVON, nn.Module]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ivon_kernels import IVON
 from tests.support.helpers import assert_same, bowl, flat, parameters, sample_of, snapshot, train, train_modes
 
+pytestmark = pytest.mark.usefixtures("known_normals")
+
 OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 0.01, "seed": 3}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 3, 4, 5, 15, 16, 17, 1023, 1024, 1025]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ivon_kernels import IVON, NonFiniteGradientError
 from tests.support.helpers import assert_same, bowl, flat, parameters, snapshot, train
 
+pytestmark = pytest.mark.usefixtures("known_normals")
+
 OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 0.01, "seed": 5}
 
 

@@ -23,6 +23,8 @@ from tests.support.helpers import (
     train_modes,
 )
 
+pytestmark = pytest.mark.usefixtures("known_normals")
+
 OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 0.01, "seed": 77}
 SHAPES = ((4, 3), (5,), (1,))
 

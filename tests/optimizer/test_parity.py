@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import ivon
@@ -20,13 +19,14 @@ from torch import Tensor
 from ivon_kernels import IVON
 from tests.support.helpers import (
     fed_with_our_normals,
-    normals_computed_once,
     parameters,
     relative_error,
     state,
     train,
     train_modes,
 )
+
+pytestmark = pytest.mark.usefixtures("known_normals")
 
 SAMPLES = 200  # of a run: so many steps with one sample each, a quarter with four
 SEED = 20402
@@ -72,12 +72,6 @@ def run(
     return {"mean": torch.stack(trajectory), "momentum": state(optimizer, "momentum"), "hess": state(optimizer, "hess")}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _every_run_sees_the_same_noise() -> Iterator[None]:
-    with normals_computed_once():
-        yield
-
-
 @functools.cache
 def ivon_opt(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     with fed_with_our_normals(SEED, [[math.prod(s) for s in shapes] for shapes in SHAPES], case.mc_samples):
@@ -91,6 +85,7 @@ def test_float64(case: Case) -> None:
         assert relative_error(ours[key], expected) < 1e-9, key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32(case: Case, backend: str) -> None:
     ours = run(IVON, case, torch.float32, seed=SEED, backend=backend)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,21 +29,16 @@ from tests.support.helpers import (
     Equations,
     assert_same,
     flat,
-    normals_computed_once,
     parameters,
     relative_error,
     snapshot,
 )
 
+pytestmark = pytest.mark.usefixtures("known_normals")
+
 SEED = 11
 # The `backend` fixture gives every example the same value.
 per_backend = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _every_example_has_the_same_seed() -> Iterator[None]:
-    with normals_computed_once():
-        yield
 
 
 sizes = st.one_of(st.integers(0, 40), st.sampled_from([1023, 1025]))
@@ -174,6 +168,7 @@ def test_hess_stays_positive_under_adversarial_gradients(
         assert p.isfinite().all() and optimizer.state[p]["momentum"].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_decay", [0.0, 1e-4, 0.3])
 @pytest.mark.parametrize("beta2", [0.0, 0.9, 0.999])
 def test_hess_stays_positive_under_the_worst_gradients(backend: str, beta2: float, weight_decay: float) -> None:
@@ -337,6 +332,7 @@ class CallOrders(RuleBasedStateMachine):
                 assert torch.equal(p, q)
 
 
+@pytest.mark.slow
 def test_any_order_of_calls(backend: str) -> None:
     class Machine(CallOrders):
         pass

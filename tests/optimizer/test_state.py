@@ -30,6 +30,8 @@ from tests.support.helpers import (
     two_groups,
 )
 
+pytestmark = pytest.mark.usefixtures("known_normals")
+
 STATE = {"step", "mean", "momentum", "hess"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

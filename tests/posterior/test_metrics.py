@@ -159,6 +159,7 @@ def predictions(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
     return p / p.sum(1, keepdim=True), torch.tensor(labels), votes
 
 
+@pytest.mark.slow
 @given(predictions())
 def test_scores_keep_their_bounds(case: tuple[Tensor, Tensor, Tensor]) -> None:
     probabilities, labels, votes = case
@@ -182,6 +183,7 @@ def test_scores_keep_their_bounds(case: tuple[Tensor, Tensor, Tensor]) -> None:
         assert scores.ece == pytest.approx((filled @ gaps.double() / filled.sum()).item(), abs=1e-6)
 
 
+@pytest.mark.slow
 @given(predictions(), st.randoms(use_true_random=False))
 def test_the_order_of_the_examples_does_not_matter(case: tuple[Tensor, Tensor, Tensor], random: Any) -> None:
     probabilities, labels, votes = case

@@ -320,6 +320,7 @@ def test_models_that_do_not_fit(trained: tuple[PeftModel, IVON, Posterior]) -> N
             posterior.draw(bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["FSDP", "columns"])
 def test_shards(ranks: Ranks, kind: str) -> None:
     whole = ranks.run(1, posterior_of_shards, "plain")[0]

@@ -48,6 +48,7 @@ def test_an_adapter_loaded_for_inference(tmp_path: Path) -> None:
     assert_equal(Posterior.from_checkpoint(optimizer.state_dict(), loaded), posterior)
 
 
+@pytest.mark.slow
 def test_a_trainers_checkpoint(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()

@@ -155,6 +155,7 @@ def test_saving_again_replaces_the_file_in_one_piece(tmp_path: Path, saved: tupl
     assert not list((tmp_path / "again").glob(".ivon_*"))
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_in_another_process(saved: tuple[Path, Posterior], ranks: Ranks) -> None:
     folder, posterior = saved
     found = {ranks.run(1, digest_of_a_draw, folder, *how)[0] for how in ((1, "reference"), (2, "cpu"))}

@@ -71,6 +71,7 @@ def some_measurement(part: str) -> Callable[[Session], None]:
     return run
 
 
+@pytest.mark.slow
 def test_script_runs_every_part_and_reports_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools, out = tmp_path / "tools", tmp_path / "out"
     tools.mkdir()
@@ -106,6 +107,7 @@ def test_script_runs_every_part_and_reports_one_that_fails(tmp_path: Path, monke
     assert "Targets (the worst case of each): a dry run" in result.output
 
 
+@pytest.mark.slow
 def test_script_builds_with_cmake_where_pip_cannot(tmp_path: Path) -> None:
     if shutil.which("cmake") is None:
         pytest.skip("no cmake on the PATH")
@@ -116,6 +118,7 @@ def test_script_builds_with_cmake_where_pip_cannot(tmp_path: Path) -> None:
     assert verdicts(output) == {"build": "passed"}
 
 
+@pytest.mark.slow
 def test_script_installs_wheels_that_were_carried(tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()
