@@ -47,7 +47,6 @@ def problem() -> model.Problem:
     return model.Problem(model.TOY, CPU)
 
 
-@pytest.mark.slow
 def test_every_optimizer_is_timed_whole_and_in_parts() -> None:
     running = measured()
     found = running.record
@@ -73,7 +72,6 @@ def test_every_optimizer_is_timed_whole_and_in_parts() -> None:
     assert len(shares) == len(names) and all(0 < float(share.rstrip("%")) < 100 for share in shares)
 
 
-@pytest.mark.slow
 def test_the_time_ends_the_rounds_after_the_first() -> None:
     found = measured(seconds=0.0).record
     assert {len(m.rounds) for m in found.measurements} == {1}
@@ -143,7 +141,6 @@ def test_peers_must_move_the_weights_to_finite_values(problem: model.Problem) ->
     assert check(problem, sgd(math.inf)) == "step 1 left weights that are not finite; not timed"
 
 
-@pytest.mark.slow
 def test_one_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(params: Parameters, recipe: Recipe) -> Step:
         raise RuntimeError("no\nsuch thing")

@@ -335,7 +335,6 @@ def saved(seed: int, steps: int) -> dict[str, Any]:
     return optimizer.state_dict()
 
 
-@pytest.mark.slow
 def test_different_checkpoints_are_refused(ranks: Ranks) -> None:
     assert ranks.run(2, resumed_from, [saved(5, 2), saved(5, 2)]) == ["", ""]
     for refusal in ranks.run(2, resumed_from, [saved(5, 2), saved(6, 2)]):

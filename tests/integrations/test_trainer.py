@@ -122,7 +122,6 @@ def test_the_recipe_for_lora(tmp_path: Path) -> None:
     assert (group["ess"], group["clip_radius"], group["initial_lr"]) == (1e7, 1e-3, 0.2)
 
 
-@pytest.mark.slow
 def test_model_init_gets_an_optimizer_for_every_model(tmp_path: Path) -> None:
     """As hyperparameter searches do it: the model and the optimizer are made anew whenever train() is called."""
     trainer = Trainer(
@@ -137,7 +136,6 @@ def test_model_init_gets_an_optimizer_for_every_model(tmp_path: Path) -> None:
     assert same({name: trainer.model.state_dict()[name] for name in second}, second)
 
 
-@pytest.mark.slow
 def test_sample_in_step_gives_the_same_training_and_ends_at_the_mean(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, ivon={"sample_in_step": True})
     trained = trained_means(trainer)
@@ -236,7 +234,6 @@ def advice(trainer: Trainer) -> list[str]:
     return [str(w.message) for w in caught if "IVON" in str(w.message) or "mc_samples" in str(w.message)]
 
 
-@pytest.mark.slow
 def test_clipping_is_warned_of_once(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=1, max_grad_norm=1.0)
     (said,) = advice(trainer)
@@ -307,7 +304,6 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
         use_ivon(trainer, num_data=10)
 
 
-@pytest.mark.slow
 def test_other_optimizers_and_frozen_models_are_refused(tmp_path: Path) -> None:
     trainer = Trainer(lora_llama(), arguments(tmp_path), train_dataset=sequences(), callbacks=[IVONCallback()])
     with pytest.raises(TypeError, match=r"the Trainer's optimizer is AdamW, not IVON: call use_ivon"):

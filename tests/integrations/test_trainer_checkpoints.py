@@ -31,7 +31,7 @@ from tests.support.tiny_llm import (
 )
 
 # PEFT asks a property that Transformers has renamed.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 def means_in(folder: str | Path, names: list[str]) -> dict[str, Tensor]:

@@ -33,7 +33,6 @@ from tests.support.tiny_llm import (
 )
 
 pytestmark = [
-    pytest.mark.slow,
     # PEFT and TRL use names that Transformers has replaced.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
