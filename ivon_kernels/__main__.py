@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
+import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -25,8 +28,12 @@ def _describe_devices() -> str:
     return ", ".join(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))) or "no GPU"
 
 
-def main() -> None:
-    """Prints the table."""
+def main(arguments: Sequence[str] = ()) -> None:
+    """Prints the table. Arguments, of which there are none but --help, end in one sentence and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m ivon_kernels", description=__doc__, add_help=True)
+    _, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.exit(2, f"Error: python -m ivon_kernels takes no arguments, got {' '.join(unknown)}\n")
     details = {"reference": "plain PyTorch, on any device", "cpu": ""}
     print(
         f"ivon_kernels {ivon_kernels.__version__}, torch {torch.__version__}, "
@@ -44,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

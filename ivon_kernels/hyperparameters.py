@@ -10,7 +10,7 @@ import ctypes
 import math
 import operator
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -194,6 +194,25 @@ class GroupScalars:
             found = self._scalars[group]._replace(inv_debias=inv_debias(self._groups[group], step))
             self._resolved[group, step] = found
         return found
+
+
+def advice_on_decay(groups: Sequence[Mapping[str, Any]], own: float) -> str | None:
+    """What to say where several groups, all of them, have no weight decay, though the optimizer was not built without.
+
+    Helpers that make groups do that. Who writes one group by hand means it.
+
+    Args:
+        groups: The parameter groups.
+        own: The optimizer's argument.
+    """
+    used = [group for group in groups if group["params"]]
+    if not own or len(used) < 2 or any(group["weight_decay"] for group in used):
+        return None
+    return (
+        f"every parameter group has weight_decay=0, so that IVON's weight_decay={own:g}, the precision of its prior, "
+        "is not used: helpers that make groups set that unasked (pass loraplus_weight_decay to PEFT's "
+        "create_loraplus_optimizer); if it is meant, pass weight_decay=0 to IVON too"
+    )
 
 
 def _identity(group: dict[str, Any], amp_scale: float, samples: int) -> tuple[Any, ...]:

@@ -15,12 +15,23 @@ twin.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import operator
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 
-__all__ = ["EVAL_STEP", "MAX_SAMPLES", "Shard", "box_muller", "check_sample", "normals", "normals_at", "philox4x32"]
+__all__ = [
+    "EVAL_STEP",
+    "MAX_SAMPLES",
+    "Shard",
+    "box_muller",
+    "check_sample",
+    "normals",
+    "normals_at",
+    "philox4x32",
+    "whole_number",
+]
 
 EVAL_STEP = 2**32 - 1
 """The step reserved for evaluation samples; training steps count from 0 and stay below it."""
@@ -43,14 +54,28 @@ _SIN = (1.1107208, -0.45676515, 0.05634243, -0.0032542306)
 _COS = (0.70710677, -0.8723555, 0.17932132, -0.014430884)
 
 
-def check_sample(sample: int) -> None:
-    """Refuse what is no number of a sample.
+def whole_number(value: SupportsIndex, name: str, least: int, end: int) -> int:
+    """A setting that counts something, as a Python int: NumPy's integers and tensors of one are taken too.
+
+    Raises:
+        ValueError: If it is not a whole number in ``[least, end)``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if not least <= number < end:
+        raise ValueError(f"{name} must be a whole number in [{least}, {end}), got {value!r}")
+    return number
+
+
+def check_sample(sample: SupportsIndex) -> int:
+    """The number of a sample.
 
     Raises:
         ValueError: If it is not a whole number in ``[0, 65536)``.
     """
-    if not (isinstance(sample, int) and 0 <= sample < MAX_SAMPLES):
-        raise ValueError(f"sample must be a whole number in [0, {MAX_SAMPLES}), got {sample!r}")
+    return whole_number(sample, "sample", 0, MAX_SAMPLES)
 
 
 class Shard(NamedTuple):

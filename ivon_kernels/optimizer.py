@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,8 +18,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from ivon_kernels import checkpoint
 from ivon_kernels.backends import Draw
-from ivon_kernels.hyperparameters import OPTIMIZER_KEYS
-from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES, check_sample
+from ivon_kernels.hyperparameters import OPTIMIZER_KEYS, advice_on_decay
+from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES, check_sample, whole_number
 from ivon_kernels.training import diagnostics, pickling, replicas
 from ivon_kernels.training.parameters import Parameters
 from ivon_kernels.training.recipe import lora_settings
@@ -75,9 +78,10 @@ class IVON(Optimizer):
             equal noise on every rank, suits DistributedDataParallel.
         debias: Divide the momentum by ``1 - beta1^t``.
         rescale_lr: Multiply ``lr`` by ``hess_init + weight_decay``.
-        seed: 64-bit seed of the noise. None takes ``torch.initial_seed()``, so that ``torch.manual_seed`` governs it;
-            two optimizers then share their noise. The global generator is never advanced. The ranks of a process group
-            take rank 0's; different ones that were given are refused, at the latest at the first training sample.
+        seed: 64-bit seed of the noise. None draws one from torch's global generator, as a DataLoader does: after
+            ``torch.manual_seed`` a run repeats itself, and several optimizers have independent noise. Nothing else
+            ever advances that generator. The ranks of a process group take rank 0's; different ones that were given
+            are refused, at the latest at the first training sample.
         backend: ``"reference"``, ``"cpu"``, ``"triton"`` or ``"cuda"``; None takes the fastest for each parameter.
         nonfinite: What a gradient with inf or nan does at the step: ``"raise"`` :class:`NonFiniteGradientError`, or
             ``"skip"`` the step and count it in :attr:`skipped_steps`. Either way the state is unchanged. On a GPU the
@@ -85,7 +89,7 @@ class IVON(Optimizer):
             from the next :meth:`step` after. ``"ignore"`` saves reading the gradients twice: such a gradient then
             spoils the weights, as with torch's own optimizers (a GradScaler's overflow check still counts).
         sample_in_step: In train mode, let :meth:`step` write the next sample into the weights in the same pass.
-            Call :meth:`eval` before reading or saving the weights.
+            Call :meth:`eval` before reading or saving the weights, or read them in an :meth:`at_mean` block.
         capturable: Let a CUDA graph capture the training step: ``lr`` becomes a float64 tensor on the device, which
             schedulers of torch fill in place, and every replay draws fresh noise. Needs ``"triton"`` or ``"cuda"``, and
             a warm-up step before the capture. Capture again after loading a state dict, and after moving or freezing
@@ -122,10 +126,8 @@ class IVON(Optimizer):
         sample_in_step: bool = False,
         capturable: bool = False,
     ) -> None:
-        if not isinstance(mc_samples, int) or not 1 <= mc_samples <= MAX_SAMPLES:
-            raise ValueError(f"mc_samples must be a whole number from 1 to {MAX_SAMPLES}, got {mc_samples!r}")
-        if seed is not None and not (isinstance(seed, int) and 0 <= seed < 2**64):
-            raise ValueError(f"seed must be a whole number in [0, 2^64) or None, got {seed!r}")
+        mc_samples = whole_number(mc_samples, "mc_samples", 1, MAX_SAMPLES + 1)
+        seed = None if seed is None else whole_number(seed, "seed", 0, 2**64)
         _check_nonfinite(nonfinite)
         self.sample_in_step = sample_in_step
         self._mode = False  # train() was called last, not eval()
@@ -147,9 +149,11 @@ class IVON(Optimizer):
             "mc_samples": mc_samples,
             "sync": sync,
             "capturable": capturable,
-            "seed": replicas.agree_on_seed(torch.initial_seed() if seed is None else seed, seed is not None, 0),
+            "seed": replicas.agree_on_seed(_drawn_seed() if seed is None else seed, seed is not None, 0),
         }
         super().__init__(params, defaults)
+        if advice := advice_on_decay(self.param_groups, weight_decay):
+            warnings.warn(advice, stacklevel=2)
 
     def _build(self, backend: str | None, capturable: bool, nonfinite: NonFinite, *, seed_given: bool) -> None:
         """Make the parts. None of them refers to the optimizer, which would keep device memory until a collection."""
@@ -157,6 +161,9 @@ class IVON(Optimizer):
         self._weights = Weights(_OWNER)
         self._samples = Samples(self._parameters, self._weights, nonfinite, seed_given)
         self._update = Update(self._samples)
+        self._weights.let_go_by(self._samples.restore)
+        # An optimizer that is dropped in the middle of a step must not leave its sample to who comes next.
+        weakref.finalize(self, _bring_back, self._samples).atexit = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -217,6 +224,24 @@ class IVON(Optimizer):
         return cls(params, beta1=beta1, weight_decay=weight_decay, clip_radius=clip_radius, **options)
 
     # ---- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As in every torch optimizer. Groups and parameters may be changed, replaced, added and taken out."""
+        return self._parameters.groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._parameters.take_groups(groups)
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """As in every torch optimizer. What is written into it is taken over when the optimizer is next used."""
+        return self._parameters.table.entries
+
+    @state.setter
+    def state(self, state: Mapping[Tensor, Any]) -> None:
+        self._parameters.table.take(state)
 
     @property
     def seed(self) -> int:
@@ -340,8 +365,7 @@ class IVON(Optimizer):
     @_disable_dynamo
     def _enter_train_block(self, sample: int | None) -> int:
         """Returns how many samples were drawn, this one included; 0 in a closure."""
-        if sample is not None:
-            check_sample(sample)
+        sample = None if sample is None else check_sample(sample)
         samples = self._samples
         if samples.in_closure:  # step(closure) holds the sample; ivon-opt's closures enter the context themselves
             return 0
@@ -371,7 +395,7 @@ class IVON(Optimizer):
             sample = self._eval_samples
             self._eval_samples = (self._eval_samples + 1) % MAX_SAMPLES
         else:
-            check_sample(sample)
+            sample = check_sample(sample)
         outer = self._weights.held, self._evaluating
         self._samples.put(Draw(self.seed, sample, step=EVAL_STEP))
         self._evaluating = True
@@ -389,6 +413,8 @@ class IVON(Optimizer):
     def train(self, sample: int | None = None) -> None:
         """Put the sample of the coming step into the weights; free if it is there already.
 
+        Parameters that were unfrozen since it was drawn become a part of it.
+
         Args:
             sample: Take the noise of this evaluation sample, in ``[0, 65536)``, instead of fresh noise: the step trains
                 under the sample that ``sampled_params(sample=...)`` held, while rollouts were generated, say.
@@ -400,7 +426,7 @@ class IVON(Optimizer):
         self._require_no_evaluation("train()")
         samples = self._samples
         if sample is not None:
-            check_sample(sample)
+            sample = check_sample(sample)
             if samples.unused:
                 samples.discard()
         self._mode = True
@@ -412,8 +438,10 @@ class IVON(Optimizer):
             raise RuntimeError(
                 f"train(sample={sample}), but this step has another sample: call step() or discard_samples() first"
             )
-        elif not self.holds_sample:
-            samples.put(samples.draw)
+        elif self.holds_sample:
+            samples.take_in()
+        else:
+            samples.go_on()
 
     @_disable_dynamo
     def eval(self) -> None:
@@ -423,7 +451,49 @@ class IVON(Optimizer):
             RuntimeError: With the mean restored, if somebody else wrote into the weights while they held the sample.
         """
         self._mode = False
-        self._samples.restore_unedited()
+        self._samples.pause()
+
+    @contextmanager
+    def at_mean(self) -> Iterator[None]:
+        """Hold the mean in the weights for the length of a block; what they held before is back after it.
+
+        For averages of the weights (EMA, SWA), and whatever else reads them while they may hold a sample. Losses that
+        are computed in the block are none of the step's.
+
+        Raises:
+            RuntimeError: If somebody else wrote into the weights while they held the sample; after the block, if there
+                is a gradient that was computed in it.
+        """
+        outer = self._weights.held, self._evaluating, self._mode
+        self._leave_for_mean()
+        try:
+            yield
+        finally:
+            self._return_from_mean(*outer)
+
+    @_disable_dynamo
+    def _leave_for_mean(self) -> None:
+        self._evaluating = False
+        self._samples.pause()
+
+    @_disable_dynamo
+    def _return_from_mean(self, held: Draw | None, evaluating: bool, mode: bool) -> None:
+        self._evaluating = evaluating
+        if held is None or self.holds_sample or self._mode != mode:  # or the block has let go of the sample, or stepped
+            return
+        if evaluating:
+            self._samples.put(held)
+        elif self._samples.count:
+            self._samples.go_on()
+
+    @_disable_dynamo
+    def take_in_unfrozen(self) -> None:
+        """Let a training sample that is in the weights be of what was unfrozen since, too; free if nothing was.
+
+        As :meth:`train` called again, for hooks that do not know whether a step is under way.
+        """
+        if self.holds_sample and not self._evaluating and self._parameters.unfrozen:
+            self._samples.take_in()
 
     @_disable_dynamo
     def next_sample(self) -> None:
@@ -509,7 +579,7 @@ class IVON(Optimizer):
                 raise ValueError(f"a parameter group has {key!r}, which IVON does not know: did you mean {close[0]!r}?")
         super().add_param_group(param_group)
         # Here and not in __init__: torch's constructor makes the groups and calls this for each of them.
-        self._parameters.bind(self.param_groups, self.state, self.defaults)
+        self._parameters.bind(self.defaults)
         try:
             self._parameters.check_last_group()
         except (ValueError, TypeError, RuntimeError):
@@ -523,23 +593,29 @@ class IVON(Optimizer):
         A step that is under way (samples drawn, :meth:`step` not yet called) is not part of it.
         """
         self._samples.adopt_edits()
-        return super().state_dict()
+        packed = super().state_dict()
+        # Plain ones, which torch.load takes with weights_only=True.
+        packed["state"] = {key: dict(entry) for key, entry in packed["state"].items()}
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where the state dict was taken: state, counters, seed and hyperparameters; never cast down.
 
-        The weights are set to the saved mean. State dicts of ivon-opt 0.1.3 are taken too (load the weights first).
+        The weights are set to the saved mean. Where both sides have names (``named_parameters()``), state goes by name,
+        else by position. What groups have besides IVON's hyperparameters (a scheduler's ``initial_lr``,
+        say) stays where the state dict does not have it. State dicts of ivon-opt 0.1.3 are taken too (load the weights
+        first).
 
         Raises:
             ValueError: If it does not fit; nothing is changed then.
         """
-        self._parameters.follow_swaps(idle=self._samples.is_idle)
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"load_state_dict takes a state dict, not a {type(state_dict).__name__}")
+        self._samples.follow()
         loaded: dict[str, Any] = {}
 
         def capture(_: Optimizer, candidate: dict[str, Any]) -> dict[str, Any]:
-            if checkpoint.is_ivon_opt(candidate):
-                candidate = checkpoint.from_ivon_opt(candidate, self.param_groups)
-            checkpoint.check(candidate, self.param_groups, self._parameters.names())
+            candidate = checkpoint.fitted(candidate, self.param_groups, self._parameters.names())
             loaded.update(candidate)
             return candidate
 
@@ -559,7 +635,6 @@ class IVON(Optimizer):
         """Take over the state dict as it was before torch cast it, and put its mean into the weights."""
         parameters, samples = self._parameters, self._samples
         saved = checkpoint.by_parameter(loaded, self.param_groups)
-        samples.discard()  # a sample must not be left for the mean of parameters that the state dict says nothing of
         samples.note_seed(samples.seed_given or self.seed != self.defaults["seed"])
         for group in self.param_groups:
             # How the optimizer runs is not what it has learned: it stays as it was built.
@@ -573,23 +648,39 @@ class IVON(Optimizer):
         self._weights.restore(Selection(states, parameters.scalars, parameters.backend))
 
     def __getstate__(self) -> dict[str, Any]:
+        self._samples.follow()
         own = {key: getattr(self, key) for key in _OWN}
         return {**super().__getstate__(), "_own": own, "_parts": pickling.pack(self._samples, self._update)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        own, parts = state.pop("_own", None), state.pop("_parts", None)
-        super().__setstate__(state)
-        if parts is None:  # torch's load_state_dict has set groups and state
+        own, parts, groups = state.pop("_own", None), state.pop("_parts", None), state.pop("param_groups")
+        entries = state.pop("state")
+        if parts is None:  # torch's load_state_dict
             assert self._loading is not None
-            self._parameters.bind(self.param_groups, self.state, self.defaults)
+            super().__setstate__(state)
+            self._samples.discard()  # a sample must not be left where the state dict says nothing of the mean
+            self.param_groups = groups
             self._finish_loading(self._loading)
             return
         self.__dict__.update(own)
         self._loading = None
-        self._build(parts.backend, self.defaults["capturable"], parts.nonfinite, seed_given=parts.seed_given)
-        self._parameters.bind(self.param_groups, self.state, self.defaults)
-        pickling.unpack(parts, dict(self.state), self._samples, self._update)
+        self._build(parts.backend, state["defaults"]["capturable"], parts.nonfinite, seed_given=parts.seed_given)
+        super().__setstate__(state)
+        self.param_groups = groups
+        self._parameters.bind(self.defaults)
+        pickling.unpack(parts, entries, self._samples, self._update)
+
+
+def _bring_back(samples: Samples) -> None:
+    """Leave the mean in the weights of an optimizer that is gone."""
+    with torch.no_grad():
+        samples.restore()
+
+
+def _drawn_seed() -> int:
+    """Another one at each call, and the same ones again after ``torch.manual_seed``, as for a DataLoader's workers."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
 _OWN = ("sample_in_step", "_mode", "_evaluating", "_eval_samples")  # attributes that copies have too

@@ -40,7 +40,8 @@ def evaluate(
     """Judge a saved adapter by its posterior: at the mean, by samples, tempered and pruned.
 
     In distribution, and for the rated sentences under shift: on the domains that it was not trained on. Temperature and
-    pruned fraction are chosen on the validation split of the task it was trained on. Ctrl-C keeps what is done.
+    pruned fraction are chosen on the validation split of the task it was trained on. Ctrl-C and SIGTERM keep what is
+    done.
     """
     found, chosen = resolve(**locals())  # the options above have the names of the settings
     if found.hub or not Path(chosen.model or ".").exists():

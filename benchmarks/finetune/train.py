@@ -21,28 +21,32 @@ from ivon_kernels import IVON
 
 
 class Interrupted(Exception):
-    """Ctrl-C was pressed; raised between two steps, where nothing is half done."""
+    """Ctrl-C was pressed, or SIGTERM came; raised between two steps, where nothing is half done."""
 
 
 class InterruptGuard:
-    """Turns the first Ctrl-C into a request that the loops see between steps; a second one stops at once.
+    """Turns the first Ctrl-C or SIGTERM into a request that the loops see between steps; a second one stops at once.
+
+    SIGTERM is what schedulers, containers and `timeout` send before they kill.
 
     Interrupted ends its block quietly; `interrupted` says so afterwards.
     """
 
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
     requested = interrupted = False
 
     def check(self) -> None:
-        """Raises Interrupted if Ctrl-C was pressed."""
+        """Raises Interrupted if one of them came."""
         if self.requested:
             raise Interrupted
 
     def __enter__(self) -> InterruptGuard:
-        self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        self._previous = {number: signal.signal(number, self._on_interrupt) for number in self._SIGNALS}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> bool:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
         self.interrupted = kind is Interrupted
         return self.interrupted
 

@@ -8,6 +8,7 @@ void Py_IncRef(PyObject*);
 void Py_DecRef(PyObject*);
 void PyErr_Clear(void);
 PyObject* PyObject_Type(PyObject*);
+long long PyLong_AsLongLong(PyObject*);
 PyObject* PyObject_CallFunctionObjArgs(PyObject*, ...);
 void* PyCapsule_GetPointer(PyObject*, const char*);
 void* PyType_GetSlot(PyObject*, int);
@@ -47,7 +48,7 @@ constexpr int kFloat32 = dtype_key(2, 32), kFloat16 = dtype_key(2, 16), kBfloat1
 
 IvonHostObjects known;
 int (*tensor_from_object)(void*, DLTensor*) = nullptr;
-DescrGet get_grad = nullptr, get_requires_grad = nullptr;
+DescrGet get_grad = nullptr, get_requires_grad = nullptr, get_version = nullptr;
 
 int64_t address_of(const void* pointer) { return static_cast<int64_t>(reinterpret_cast<intptr_t>(pointer)); }
 
@@ -190,8 +191,10 @@ const char* ivon_host_init(const IvonHostObjects* objects) {
   if (api->tensor_from_object == nullptr) return "this torch's DLPack exchange API cannot read a tensor in place";
   get_grad = getter(objects->grad);
   get_requires_grad = getter(objects->requires_grad);
+  get_version = getter(objects->version);
   PyErr_Clear();
-  if (get_grad == nullptr || get_requires_grad == nullptr) return "torch.Tensor.grad is not a descriptor in this torch";
+  const bool descriptors = get_grad != nullptr && get_requires_grad != nullptr && get_version != nullptr;
+  if (!descriptors) return "torch.Tensor.grad is not a descriptor in this torch";
   known = *objects;
   tensor_from_object = api->tensor_from_object;
   return nullptr;
@@ -254,4 +257,18 @@ int ivon_host_read_grads(const IvonHostList* list) {
     at = entry.next();
   }
   return flags;
+}
+
+int64_t ivon_host_versions(const IvonHostList* list) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < list->count; ++i) {
+    PyObject* version = get_version(known.version, list->params[i], known.tensor);
+    if (version == nullptr) {
+      PyErr_Clear();
+      continue;
+    }
+    sum += PyLong_AsLongLong(version);
+    Py_DecRef(version);
+  }
+  return sum;
 }

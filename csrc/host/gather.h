@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#define IVON_HOST_ABI 2
+#define IVON_HOST_ABI 3
 
 #if defined(__GNUC__)
 #define IVON_HOST_EXPORT __attribute__((visibility("default")))
@@ -54,6 +54,7 @@ struct IvonHostObjects {
   _object* tensor;         // torch.Tensor
   _object* grad;           // torch.Tensor.grad: the descriptor
   _object* requires_grad;  // torch.Tensor.requires_grad: likewise
+  _object* version;        // torch.Tensor._version: likewise
   _object* is_neg;         // torch.Tensor.is_neg
   _object* none;
   _object* yes;  // True
@@ -70,5 +71,7 @@ IVON_HOST_EXPORT int ivon_host_record(const IvonHostList* list);
 IVON_HOST_EXPORT int ivon_host_moved(const IvonHostList* list, int trained);
 // Reads `grad` of every parameter; IvonGradFlags.
 IVON_HOST_EXPORT int ivon_host_read_grads(const IvonHostList* list);
+// The sum of `_version` of the list's parameters, which has no records: another number once one of them was written.
+IVON_HOST_EXPORT int64_t ivon_host_versions(const IvonHostList* list);
 
 }  // extern "C"

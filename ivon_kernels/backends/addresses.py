@@ -20,7 +20,17 @@ from torch import Tensor
 
 from ivon_kernels import _native
 
-__all__ = ["CHANGED", "DTYPES", "IRREGULAR", "LAYOUT_WIDTH", "MAX_DIMS", "MISSING", "Addresses", "unavailable"]
+__all__ = [
+    "CHANGED",
+    "DTYPES",
+    "IRREGULAR",
+    "LAYOUT_WIDTH",
+    "MAX_DIMS",
+    "MISSING",
+    "Addresses",
+    "Versions",
+    "unavailable",
+]
 
 MISSING = 1  # a gradient is None
 IRREGULAR = 2  # a gradient that needs Tensor operations or set_grads first
@@ -30,13 +40,14 @@ MAX_DIMS = 25  # of a layout row, as in csrc/cpu/ivon_cpu.h
 LAYOUT_WIDTH = 1 + 3 * MAX_DIMS
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as every compiled backend numbers them
 
-_ABI = 2
+_ABI = 3
 _RECORD_WIDTH = 7  # int64 fields of struct IvonHostRecord; sizes, strides and gradient strides follow
 
 _GRAD_OF = operator.attrgetter("grad")
 _DTYPE_OF = operator.attrgetter("dtype")
 _DEVICE_OF = operator.attrgetter("device")
 _SHAPE_OF = operator.attrgetter("shape")
+_VERSION_OF = operator.attrgetter("_version")
 _REQUIRES_GRAD_OF = operator.attrgetter("requires_grad")
 # Under torch.set_default_device every attribute of a tensor is read through Python code of torch, 2 us each.
 _in_function_mode = getattr(torch._C, "_is_torch_function_mode_enabled", lambda: False)
@@ -61,7 +72,7 @@ class _Objects(ctypes.Structure):
 
     _fields_ = tuple(
         (name, ctypes.py_object)
-        for name in ("exchange_api", "tensor", "grad", "requires_grad", "is_neg", "none", "yes")
+        for name in ("exchange_api", "tensor", "grad", "requires_grad", "version", "is_neg", "none", "yes")
     )
 
 
@@ -73,6 +84,7 @@ def _bind(path: str) -> ctypes.PyDLL:
     for name in ("record", "read_grads"):
         getattr(library, f"ivon_host_{name}").argtypes = [ctypes.c_void_p]
     library.ivon_host_moved.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    library.ivon_host_versions.argtypes, library.ivon_host_versions.restype = [ctypes.c_void_p], ctypes.c_int64
     return library
 
 
@@ -89,7 +101,7 @@ def _load() -> tuple[ctypes.PyDLL | None, str | None]:
         library = _bind(str(path))
     except OSError as error:
         return None, str(error)
-    objects = _Objects(api, Tensor, Tensor.grad, Tensor.requires_grad, Tensor.is_neg, None, True)
+    objects = _Objects(api, Tensor, Tensor.grad, Tensor.requires_grad, Tensor._version, Tensor.is_neg, None, True)
     reason: bytes | None = library.ivon_host_init(ctypes.byref(objects))
     return (library, None) if reason is None else (None, reason.decode())
 
@@ -388,6 +400,29 @@ class Addresses:
         expected, strides = [self._grad_strides[i] for i in places], list(map(Tensor.stride, grads))
         same_strides = strides == expected or _plain_all(shapes, strides) == _plain_all(shapes, expected)
         return same_strides and not any(map(Tensor.is_neg, grads))
+
+
+class Versions:
+    """Tells whether somebody has written one of many tensors.
+
+    Args:
+        tensors: Of which autograd counts writes: not made in inference mode.
+        use_c: As for :class:`Addresses`.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], use_c: bool = True) -> None:
+        self._tensors = list(tensors)
+        self._library = _load()[0] if use_c else None
+        self._objects = _addresses(self._tensors)
+        self._list = _List(self._objects.buffer_info()[0], len(self._tensors))
+        self._list_address = ctypes.addressof(self._list)
+
+    def total(self) -> int:
+        """Another number once one of them was written."""
+        if self._library is not None:
+            return int(self._library.ivon_host_versions(self._list_address))
+        with _no_function_mode():
+            return sum(map(_VERSION_OF, self._tensors))
 
 
 def _has_plain_attributes(kind: type) -> bool:

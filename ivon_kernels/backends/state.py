@@ -173,6 +173,10 @@ class ParamState:
         grad = self.parameter.grad
         return grad if grad is None or self.dtensor is None else sharding.local_grad(grad, self.dtensor)
 
+    def belong(self, name: str, group: int, index: int) -> None:
+        """Take another place among the parameters."""
+        self.name, self.group, self.index = name, group, index
+
     def take_grad(self, grad: Tensor | None) -> None:
         """Hold a gradient for a launch, or (None) nothing any more."""
         self.grad = grad
@@ -233,7 +237,17 @@ class ParamState:
             self.hess.fill_(hess_init)
         else:
             for key in STATE_KEYS:
-                getattr(self, key).copy_(sharding.localize(saved[key], self.dtensor))
+                getattr(self, key).copy_(self.local(saved[key]))
+
+    def start_over(self, hess_init: float) -> None:
+        """Forget what was learned, but for the mean."""
+        self.arena.steps[self.position] = 0
+        self.momentum.zero_()
+        self.hess.fill_(hess_init)
+
+    def local(self, value: Tensor) -> Tensor:
+        """A tensor that users give, as this state holds it: of a DTensor the local shard."""
+        return sharding.localize(value, self.dtensor)
 
     def state(self) -> dict[str, Any]:
         """What ``optimizer.state[param]`` holds: DTensors for a DTensor."""

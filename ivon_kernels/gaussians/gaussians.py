@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ivon_kernels.gaussians import dials, names
+from ivon_kernels.gaussians.adapters import NO_ORIGIN, Layers, Origin, origin_of, own_adapter
 from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.placement import Placement
 from ivon_kernels.noise import check_sample
@@ -33,15 +34,18 @@ class Gaussians(Mapping[str, Gaussian]):
     Args:
         gaussians: By name; the noise indices differ.
         seed: Of the noise, in ``[0, 2^64)``.
+        origin: Where in a model they were trained, as far as that is known.
 
     Attributes:
         seed: As above.
+        origin: As above.
     """
 
-    def __init__(self, gaussians: Mapping[str, Gaussian], seed: int) -> None:
+    def __init__(self, gaussians: Mapping[str, Gaussian], seed: int, *, origin: Origin = NO_ORIGIN) -> None:
         self._gaussians = dict(gaussians)
         self.seed = seed
-        self._placed: tuple[weakref.ref[nn.Module], tuple[str | None, str | None], Placement] | None = None
+        self.origin = origin
+        self._placed: _Placed | None = None
 
     @classmethod
     def of_snapshot(cls, snapshot: Snapshot, model: nn.Module, adapter: str | None = None) -> Self:
@@ -50,13 +54,16 @@ class Gaussians(Mapping[str, Gaussian]):
         Args:
             snapshot: Of the optimizer.
             model: The model that it trains, perhaps wrapped by DistributedDataParallel or torch.compile.
-            adapter: Which of its PEFT adapters; None for the active one.
+            adapter: Which of its PEFT adapters; None for the one that has trained parameters, or the active one.
 
         Raises:
             ValueError: If a trained parameter is not in the model, or nothing was trained.
         """
-        known: dict[Tensor, str] = {param: name for name, param in names.weight_names(model, adapter).items()}
-        found = {}
+        if adapter is None and len(names.adapters(names.unwrap(model))) > 1:
+            adapter = own_adapter(model, [weight[0] for weight in snapshot.weights])
+        chosen = names.adapter_name(model, adapter)
+        known: dict[Tensor, str] = {param: name for name, param in names.weight_names(model, chosen).items()}
+        found, params = {}, {}
         for param, mean, hess, index, ess, weight_decay in snapshot.weights:
             if param not in known:
                 raise ValueError(
@@ -65,9 +72,10 @@ class Gaussians(Mapping[str, Gaussian]):
                     "pass the model that is trained"
                 )
             found[known[param]] = Gaussian(mean, hess, index, ess, weight_decay)
+            params[known[param]] = param
         if not found:
             raise ValueError("the optimizer has no trained parameters, so there is no posterior")
-        return cls(found, snapshot.seed)
+        return cls(found, snapshot.seed, origin=origin_of(model, chosen, params))
 
     # ---- as a mapping ------------------------------------------------------------------------------------------------
 
@@ -129,12 +137,12 @@ class Gaussians(Mapping[str, Gaussian]):
 
         Args:
             model: The model, perhaps wrapped by DistributedDataParallel or torch.compile.
-            adapter: Which of its PEFT adapters; None for the active one.
+            adapter: Which of its PEFT adapters; None for the posterior's own if it is there, else the active one.
 
         Raises:
             ValueError: If one is missing, or has another shape.
         """
-        known = names.weight_names(model, adapter)
+        known = names.weight_names(model, self._adapter_in(model, adapter))
         missing = [name for name in self if name not in known]
         if missing:
             raise ValueError(
@@ -149,6 +157,49 @@ class Gaussians(Mapping[str, Gaussian]):
                 )
         return {name: known[name] for name in self}
 
+    def places_in(
+        self, model: nn.Module, adapter: str | None = None
+    ) -> tuple[dict[str, Gaussian], dict[str, nn.Parameter]]:
+        """Every place where samples go in a model that runs under them: tied weights may be apart there.
+
+        Args:
+            model: The model.
+            adapter: Which of its PEFT adapters; None for the posterior's own, or the active one.
+
+        Returns:
+            Gaussians and parameters by names: those of this posterior, and aliases whose parameter is another one.
+
+        Raises:
+            ValueError: If the model does not fit, or scales the adapter otherwise than where it was trained.
+            RuntimeError: If the adapter is merged, disabled or not active, so that samples would have no effect.
+        """
+        chosen = self._adapter_in(model, adapter)
+        gaussians, params = self._places(model, chosen)
+        if chosen is not None:
+            Layers(model, chosen, params).check(self.origin)
+        return gaussians, params
+
+    def _places(self, model: nn.Module, chosen: str | None) -> tuple[dict[str, Gaussian], dict[str, nn.Parameter]]:
+        params, known = self.parameters_of(model, chosen), names.weight_names(model, chosen)
+        gaussians = dict(self)
+        for alias, name in self.origin.aliases.items():
+            other = known.get(alias) if name in params else None
+            if other is not None and other is not params[name]:
+                if other.shape != params[name].shape:
+                    raise ValueError(
+                        f"{alias} has shape {tuple(other.shape)} in the model, and {name}, with which it was one "
+                        f"weight in training, {tuple(params[name].shape)}: it belongs to another model"
+                    )
+                gaussians[alias], params[alias] = self[name], other
+        return gaussians, params
+
+    def _adapter_in(self, model: nn.Module, adapter: str | None) -> str | None:
+        """The adapter of a model that is meant: the posterior's own, where no other is named and the model has it."""
+        own, inner = self.origin.adapter, names.unwrap(model)
+        if adapter is None and own is not None and own in names.adapters(inner) and not names.several_active(inner):
+            return own
+        return names.adapter_name(model, adapter)
+
     @contextmanager
     def sampled(
         self, model: nn.Module, sample: int, *, adapter: str | None = None, backend: str | None = None
@@ -160,15 +211,16 @@ class Gaussians(Mapping[str, Gaussian]):
         Args:
             model: A model with these weights: the trained one, or one that was loaded.
             sample: Number of the sample, in ``[0, 65536)``: the same weights everywhere.
-            adapter: Which of its PEFT adapters; None for the active one.
+            adapter: Which of its PEFT adapters; None for the posterior's own if it is there, else the active one.
             backend: What computes the sample, as for :class:`ivon_kernels.IVON`; the bits do not depend on it.
 
         Raises:
             ValueError: If `sample` is out of range, or the model does not fit.
-            RuntimeError: If an optimizer holds a sample in these weights.
+            RuntimeError: If an optimizer holds a sample in these weights, or the adapter is merged, disabled or not
+                active, so that the sample would have no effect.
         """
         check_sample(sample)
-        with self._placement(model, adapter, backend).sample(self.seed, sample):
+        with self._placement(model, adapter, backend, used=True).sample(self.seed, sample):
             yield
 
     @contextmanager
@@ -177,7 +229,7 @@ class Gaussians(Mapping[str, Gaussian]):
 
         Of use for a posterior whose mean is not what the model holds: a pruned or merged one.
         """
-        with self._placement(model, adapter, backend).mean():
+        with self._placement(model, adapter, backend, used=True).mean():
             yield
 
     def copy_mean_to(self, model: nn.Module, adapter: str | None = None) -> None:
@@ -185,8 +237,9 @@ class Gaussians(Mapping[str, Gaussian]):
 
         Raises:
             ValueError: If the model does not fit.
+            RuntimeError: If the adapter is merged into the base weights.
         """
-        self._placement(model, adapter, None).put_mean()
+        self._placement(model, adapter, None, used=False).put_mean()
 
     def draw(self, sample: int, *, backend: str | None = None) -> dict[str, Tensor]:
         """The weights of a sample by name, in the dtype and shape of the means, not rounded to the model's dtype.
@@ -239,13 +292,33 @@ class Gaussians(Mapping[str, Gaussian]):
         other._gaussians = dict(gaussians)
         return other
 
-    def _placement(self, model: nn.Module, adapter: str | None, backend: str | None) -> Placement:
-        """Where samples of this posterior go in a model; the last one is kept."""
-        chosen = names.adapter_name(model, adapter)
-        if self._placed is not None:
-            of, key, placement = self._placed
-            if of() is model and key == (chosen, backend) and placement.serves(names.unwrap(model).parameters()):
-                return placement
-        placement = Placement(self, self.parameters_of(model, chosen), backend)
-        self._placed = weakref.ref(model), (chosen, backend), placement
-        return placement
+    def _placement(self, model: nn.Module, adapter: str | None, backend: str | None, *, used: bool) -> Placement:
+        """Where samples of this posterior go in a model; the last one is kept. `used`: the model will run under them.
+
+        Raises:
+            ValueError, RuntimeError: As :meth:`places_in`.
+        """
+        chosen = self._adapter_in(model, adapter)
+        placed = self._placed
+        if (
+            placed is None
+            or placed.model() is not model
+            or placed.key != (chosen, backend)
+            or not placed.placement.serves(names.unwrap(model).parameters())
+        ):
+            gaussians, params = self._places(model, chosen)
+            layers = None if chosen is None else Layers(model, chosen, params)
+            placement = Placement(gaussians, params, backend)
+            placed = self._placed = _Placed(weakref.ref(model), (chosen, backend), placement, layers)
+        if placed.layers is not None and used:
+            placed.layers.check(self.origin)
+        elif placed.layers is not None:
+            placed.layers.refuse_merged()
+        return placed.placement
+
+
+class _Placed(NamedTuple):
+    model: weakref.ref[nn.Module]
+    key: tuple[str | None, str | None]  # adapter and backend
+    placement: Placement
+    layers: Layers | None  # of the adapter

@@ -11,8 +11,11 @@ import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ivon_kernels.integrations.state_dict import SaveMeanHandle, save_mean
+from ivon_kernels.integrations.hooks import HookHandle
+from ivon_kernels.integrations.state_dict import save_mean
+from ivon_kernels.integrations.unfrozen import sample_unfrozen
 from ivon_kernels.optimizer import IVON
+from ivon_kernels.training.samples import Closure
 
 # Two packages with the same code; a Trainer of either takes a callback of the other.
 if TYPE_CHECKING or find_spec("lightning") is not None:
@@ -27,7 +30,8 @@ class IVONCallback(Callback):
     """Samples the weights at the start of every training batch and restores the mean at its end.
 
     Every IVON optimizer of the module takes part, in automatic and in manual optimization; others are left alone. The
-    micro-batches of one step (``accumulate_grad_batches``) run under one sample. Validation, tests, predictions and
+    micro-batches of one step (``accumulate_grad_batches``) run under one sample, which what ``training_step`` unfreezes
+    becomes a part of. Validation, tests, predictions and
     callbacks that come after this one see the mean, and so does everything after an exception or at the end of
     training. Checkpoints hold the mean whenever they are written, from inside ``training_step`` too.
 
@@ -41,7 +45,9 @@ class IVONCallback(Callback):
     """
 
     def __init__(self) -> None:
-        self._handles: list[SaveMeanHandle] = []
+        self._handles: list[HookHandle] = []
+        self._sizes: list[int] = []  # of the parameter groups that have hooks
+        self._still: list[tuple[IVON, Any]] = []  # optimizers that take no step now, and their own step()
         self._unscaled: list[IVON] = []  # optimizers whose gradients the scaler unscales for the time of training
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,7 +56,7 @@ class IVONCallback(Callback):
             raise RuntimeError(
                 "IVONCallback found no IVON optimizer: return one from configure_optimizers, or remove the callback"
             )
-        self._handles = [save_mean(pl_module, optimizer) for optimizer in optimizers]
+        self._attach(pl_module, optimizers)
         if trainer.gradient_clip_val:
             warnings.warn(
                 f"gradient_clip_val={trainer.gradient_clip_val} shrinks IVON's Hessian estimate whenever it binds: "
@@ -64,6 +70,12 @@ class IVONCallback(Callback):
                 self._unscaled.append(optimizer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # StochasticWeightAveraging collects BatchNorm's statistics of the averaged weights in an epoch without steps;
+        # Lightning calls step() all the same at its end.
+        if getattr(trainer.fit_loop, "_skip_backward", False):
+            self._hold_still(_optimizers(trainer))
+            return
+        self._attach(pl_module, _optimizers(trainer))
         for optimizer in _optimizers(trainer):
             if pl_module.automatic_optimization:
                 _check_samples(optimizer, trainer)
@@ -72,9 +84,11 @@ class IVONCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._move_again()
         _restore(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._move_again()
         _restore(trainer)  # a module whose on_train_batch_start returns -1 gets no on_train_batch_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,7 +97,33 @@ class IVONCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._finish(trainer)
 
+    def _attach(self, pl_module: LightningModule, optimizers: list[IVON]) -> None:
+        """Install the hooks, also for parameters that a callback for finetuning has given to the optimizer since."""
+        sizes = [len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups]
+        if sizes != self._sizes:
+            self._sizes = sizes
+            for optimizer in optimizers:
+                self._handles += [save_mean(pl_module, optimizer), sample_unfrozen(pl_module, optimizer)]
+
+    def _hold_still(self, optimizers: list[IVON]) -> None:
+        """Let ``step()`` run its closure at the mean and change nothing."""
+        if self._still:
+            return
+        for optimizer in optimizers:
+            # Schedulers of torch leave a step of their own there.
+            self._still.append((optimizer, vars(optimizer).get("step")))
+            vars(optimizer)["step"] = _run_only
+
+    def _move_again(self) -> None:
+        while self._still:
+            optimizer, step = self._still.pop()
+            if step is None:
+                del vars(optimizer)["step"]
+            else:
+                vars(optimizer)["step"] = step
+
     def _finish(self, trainer: Trainer) -> None:
+        self._move_again()
         _restore(trainer)
         for optimizer in self._unscaled:
             del optimizer._step_supports_amp_scaling
@@ -91,6 +131,7 @@ class IVONCallback(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._sizes.clear()
 
 
 def _optimizers(trainer: Trainer) -> list[IVON]:
@@ -100,6 +141,10 @@ def _optimizers(trainer: Trainer) -> list[IVON]:
 def _restore(trainer: Trainer) -> None:
     for optimizer in _optimizers(trainer):
         optimizer.eval()
+
+
+def _run_only(closure: Closure | None = None) -> Any:
+    return None if closure is None else closure()
 
 
 def _clips_itself(module: LightningModule) -> bool:

@@ -1,53 +1,21 @@
-"""``state_dict()`` of a model holds the mean at any moment, also while a sample is in the weights."""
+"""``state_dict()`` of a model holds the mean at any moment, and averages of its weights are averages of the mean."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ivon_kernels.optimizer import IVON
+from ivon_kernels.integrations.averages import average_means, collect_at_mean
+from ivon_kernels.integrations.hooks import HookHandle, IVONHook, find_ivon, has_hook, ivon_of_model
+from ivon_kernels.integrations.prompts import prompts_of_mean
 
-__all__ = ["SaveMeanHandle", "find_ivon", "save_mean"]
-
-
-def find_ivon(optimizer: object) -> IVON | None:
-    """The IVON optimizer inside the wrappers of Accelerate and others, which keep it as ``.optimizer``, or None."""
-    while optimizer is not None and not isinstance(optimizer, IVON):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
+__all__ = ["find_ivon", "save_mean"]
 
 
-class SaveMeanHandle:
-    """What :func:`save_mean` installed on a model."""
-
-    def __init__(self, handles: list[RemovableHandle]) -> None:
-        self._handles = handles
-
-    def remove(self) -> None:
-        """Let ``state_dict()`` return what the weights hold again."""
-        while self._handles:
-            self._handles.pop().remove()
-
-
-class _Hook:
-    """A hook that knows its optimizer without keeping it alive.
-
-    Copied or unpickled, it does nothing: the copied parameters belong to no optimizer.
-    """
-
-    def __init__(self, optimizer: IVON | None = None) -> None:
-        self.optimizer: Callable[[], IVON | None] = _nothing if optimizer is None else weakref.ref(optimizer)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return type(self), ()
-
-
-class _PutMean(_Hook):
+class _PutMean(IVONHook):
     """After a module has put its parameters into a state dict: the mean replaces a sample."""
 
     def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
@@ -61,7 +29,7 @@ class _PutMean(_Hook):
                 state_dict[prefix + name] = optimizer.mean_of(param)
 
 
-class _LeaveSample(_Hook):
+class _LeaveSample(IVONHook):
     """Before a module loads its parameters: the weights hold the mean, so that what is loaded becomes the new one."""
 
     def __call__(self, *_: object) -> None:
@@ -70,11 +38,7 @@ class _LeaveSample(_Hook):
             optimizer.eval()
 
 
-def _nothing() -> None:
-    return None
-
-
-def save_mean(model: nn.Module, optimizer: Optimizer) -> SaveMeanHandle:
+def save_mean(model: nn.Module, optimizer: Optimizer) -> HookHandle:
     """Make ``state_dict()`` of a model, and of each module inside it, hold the mean also while the weights are sampled.
 
     So every save writes the mean, whenever it happens: in the middle of gradient accumulation, after an interrupt, by
@@ -82,6 +46,10 @@ def save_mean(model: nn.Module, optimizer: Optimizer) -> SaveMeanHandle:
     as they are. ``load_state_dict()`` restores the mean first (:meth:`IVON.eval`), so that what is loaded becomes the
     new mean. ``state_dict(keep_vars=True)`` still returns the parameters themselves, whatever they hold, and so does a
     model that is copied or pickled whole: call :meth:`IVON.eval` first.
+
+    Averages of the model's weights are of the mean, too: ``AveragedModel.update_parameters(model)`` of
+    ``torch.optim.swa_utils`` and ``update_bn(loader, model)`` run at the mean, whatever the weights hold when they are
+    called. An average of your own that reads ``model.parameters()`` goes into a ``with optimizer.at_mean():`` block.
 
     Hooks are installed on the modules that own a parameter of the optimizer; calling this again adds only those that
     are missing. The model does not keep the optimizer alive, and hooks on a copy of the model do nothing.
@@ -91,25 +59,21 @@ def save_mean(model: nn.Module, optimizer: Optimizer) -> SaveMeanHandle:
         optimizer: IVON, or a wrapper around it such as Accelerate's.
 
     Returns:
-        A handle whose ``remove()`` takes away the hooks that this call installed.
+        A handle whose ``remove()`` takes away the hooks that this call installed: ``state_dict()`` then returns what
+        the weights hold again.
 
     Raises:
         TypeError: If the optimizer is not IVON.
         ValueError: If no parameter of the model belongs to it.
     """
-    ivon = find_ivon(optimizer)
-    if ivon is None:
-        raise TypeError(f"save_mean needs an IVON optimizer, got {type(optimizer).__name__}")
-    owners = [module for module in model.modules() if any(p in ivon.state for p in module.parameters(recurse=False))]
-    if not owners:
-        raise ValueError(
-            "no parameter of the model belongs to this optimizer: build the optimizer from the parameters of the model "
-            "that is trained, after adapters were added to it"
-        )
+    ivon, own = ivon_of_model(model, optimizer, "save_mean")
     handles: list[RemovableHandle] = []
     put_mean, leave_sample = _PutMean(ivon), _LeaveSample(ivon)
-    for module in owners:
-        if not any(isinstance(h, _PutMean) and h.optimizer() is ivon for h in module._state_dict_hooks.values()):
+    for module in model.modules():
+        if own.isdisjoint(module.parameters(recurse=False)):
+            continue
+        if not has_hook(module._state_dict_hooks, _PutMean, ivon):
             handles.append(module.register_state_dict_post_hook(put_mean))
             handles.append(module.register_load_state_dict_pre_hook(leave_sample))
-    return SaveMeanHandle(handles)
+    average_means()
+    return HookHandle([*handles, *collect_at_mean(model, ivon, own), *prompts_of_mean(model, ivon)])

@@ -23,7 +23,9 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ivon_kernels.integrations.state_dict import find_ivon, save_mean
+from ivon_kernels.integrations.hooks import find_ivon
+from ivon_kernels.integrations.state_dict import save_mean
+from ivon_kernels.integrations.unfrozen import sample_unfrozen
 from ivon_kernels.optimizer import IVON
 
 __all__ = ["IVONCallback", "IVONFactory", "ivon_of", "use_ivon"]
@@ -66,8 +68,10 @@ def ivon_of(trainer: Trainer) -> IVON:
 class IVONFactory:
     """What Trainer takes as ``optimizer_cls_and_kwargs=(IVONFactory, {"lr": 0.1, "ess": len(data)})``.
 
-    Gives IVON all trainable parameters of the model in one group, by name, and makes ``state_dict()`` of the model hold
-    the mean (:func:`ivon_kernels.integrations.state_dict.save_mean`). Trainer's own two groups, with
+    Gives IVON all trainable parameters of the model in one group, by name, with those of PEFT adapters that are not
+    active now (frozen ones are left alone until something unfreezes them, ``set_adapter`` in the loss say), and makes
+    ``state_dict()`` of the model hold the mean (:func:`ivon_kernels.integrations.state_dict.save_mean`). Trainer's own
+    two groups, with
     ``TrainingArguments.weight_decay`` and with 0, are not used: weight decay is the prior's precision here, so it
     applies to every weight.
     """
@@ -83,12 +87,24 @@ class IVONFactory:
             ValueError: If the model has no trainable parameter.
             TypeError: For an option that IVON does not have, or a missing one.
         """
-        trainable = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-        if not trainable:
+        if not any(param.requires_grad for param in model.parameters()):
             raise ValueError("no parameter of the model is trainable: add an adapter, or set requires_grad")
-        optimizer: IVON = _constructor(options)(trainable, **options)
+        waiting = _of_adapters(model)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad or p in waiting]
+        optimizer: IVON = _constructor(options)(named, **options)
         save_mean(model, optimizer)
         return optimizer
+
+
+def _of_adapters(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of PEFT's adapters, also those that are not active, where IVON can train them."""
+    found: set[nn.Parameter] = set()
+    for layer in model.modules():
+        for name in getattr(layer, "adapter_layer_names", ()):  # of PEFT's layers: each a dict by adapter
+            adapters = getattr(layer, name, None)
+            if isinstance(adapters, nn.ModuleDict | nn.ParameterDict):
+                found.update(param for param in adapters.parameters() if param.is_floating_point())
+    return found
 
 
 def _constructor(options: dict[str, Any]) -> Callable[..., IVON]:
@@ -108,10 +124,12 @@ class IVONCallback(TrainerCallback):
     """Looks after IVON where Trainer alone would not, however it got the optimizer.
 
     - Every save writes the mean, whenever it happens.
+    - What ``compute_loss`` unfreezes, by switching adapters say, is sampled before it is used, and so trained.
     - The weights hold the mean when training ends, also with ``sample_in_step=True``.
     - ``load_best_model_at_end`` takes momentum and Hessian back to the best checkpoint too.
     - A step that the GradScaler skipped does not advance the learning rate's schedule.
-    - A warning, once, for TrainingArguments that override IVON's settings, are ignored, or spoil its Hessian estimate.
+    - A warning, once, for TrainingArguments that override IVON's settings, are ignored, or spoil its Hessian estimate,
+      and for gradients of parameters that the optimizer does not have.
     """
 
     def __init__(self) -> None:
@@ -128,9 +146,24 @@ class IVONCallback(TrainerCallback):
         """
         ivon = _ivon(context["optimizer"])
         save_mean(context["model"], ivon)
+        sample_unfrozen(context["model"], ivon)
         self._skipped_steps = ivon.skipped_steps
         for advice in (*_advice_on_clipping(args), *_advice_on_overrides(args, ivon)):
             self._warn(advice)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Say that a gradient goes to nobody, as that of an adapter that the optimizer was not given."""
+        groups = _ivon(context["optimizer"]).param_groups
+        known = {id(param) for group in groups for param in group["params"]}
+        for name, param in context["model"].named_parameters():
+            if param.grad is not None and id(param) not in known:
+                self._warn(
+                    f"{name} has a gradient, but the optimizer does not have it, so it is not trained: freeze it, or "
+                    "give the optimizer all that is to be trained (optimizer.add_param_group)"
+                )
+                return
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any

@@ -6,7 +6,8 @@ it uses them, so that they never exist in memory.
 """
 
 from ivon_kernels.lora.factor import Factor
+from ivon_kernels.lora.guard import CannotStackError
 from ivon_kernels.lora.op import lora_samples_
 from ivon_kernels.lora.stacking import Stack, stack
 
-__all__ = ["Factor", "Stack", "lora_samples_", "stack"]
+__all__ = ["CannotStackError", "Factor", "Stack", "lora_samples_", "stack"]

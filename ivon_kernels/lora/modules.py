@@ -65,8 +65,10 @@ def find_modules(
     Raises:
         ValueError: If a weight is found in no module, or a module cannot be run sample by sample.
     """
-    # A module that the model has in two places is exchanged once; a parameter that two modules share is found in both.
-    modules = dict(model.named_modules(remove_duplicate=True))
+    # A module that the model has in two places is exchanged once; a parameter that two modules share is found in both,
+    # and so is a container of parameters that two modules share (a vector bank, the tokens of a tied embedding).
+    modules = dict(model.named_modules(remove_duplicate=False))
+    first: dict[int, str] = {}
     names = {id(param): name for name, param in params.items()}
     by_path: dict[str, SampledModule] = {}
     found = set()
@@ -77,8 +79,10 @@ def find_modules(
                 found.add(name)
                 _check_weight(name, param)
                 at = _module_path(path, modules)
+                at = first.setdefault(id(modules[at]), at)
                 sampled = by_path.setdefault(at, SampledModule(at, modules[at]))
-                sampled.weights.append(Weight(name, gaussians[name], param, owner, key))
+                if not any(weight.owner is owner and weight.key == key for weight in sampled.weights):
+                    sampled.weights.append(Weight(name, gaussians[name], param, owner, key))
     if missing := sorted(set(params) - found):
         raise ValueError(f"no module of {type(model).__name__} has the posterior's weight {missing[0]!r}: cannot stack")
     return _merge(by_path)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from ivon_kernels import caches
 from ivon_kernels.gaussians.placement import Placement
 from ivon_kernels.lora.factor import DTYPES, Factor
+from ivon_kernels.lora.guard import COPIED, CannotStackError
 from ivon_kernels.lora.modules import LoraWeights, SampledModule, Weight
 from ivon_kernels.lora.op import lora_samples_
 from ivon_kernels.tree import concatenate, map_tensors, tensors
 
 __all__ = ["FusedLora", "Patch", "SampleBySample"]
-
-_COPIED = "this model has samples stacked in it and cannot be copied or pickled: call stack.remove() first"
 
 
 class Patch(ABC):
@@ -59,11 +60,13 @@ class Patch(ABC):
             raise RuntimeError(f"{self.path}: an adapter is merged into the base weights: call unmerge_adapter()")
         inputs = list(tensors((args, kwargs)))
         if not inputs:
-            raise ValueError(f"{self.path} was called without a tensor: there is no batch to divide among the samples")
+            raise CannotStackError(
+                f"{self.path} was called without a tensor: there is no batch to divide among the samples"
+            )
         _refuse_gradients(*inputs, *self.params)
         rows = inputs[0].shape[0] if inputs[0].dim() else 0
         if rows % len(self.samples) or not inputs[0].dim():
-            raise ValueError(
+            raise CannotStackError(
                 f"{self.path} has a batch of {rows}, which cannot be divided among {len(self.samples)} samples: pass "
                 "every input through stack.repeat() (position_ids and the like too, if the model has them)"
             )
@@ -74,10 +77,10 @@ class Patch(ABC):
         """What forward() returns for a batch of `rows`, a multiple of the number of samples."""
 
     def __deepcopy__(self, memo: object) -> NoReturn:
-        raise RuntimeError(_COPIED)
+        raise RuntimeError(COPIED)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
-        raise RuntimeError(_COPIED)
+        raise RuntimeError(COPIED)
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:
@@ -166,7 +169,7 @@ class FusedLora(Patch):
             result = result.clone(memory_format=torch.contiguous_format)
         lora_samples_(
             result.view(-1, result.shape[-1]),
-            x.reshape(-1, x.shape[-1]),
+            x.reshape(-1, x.shape[-1]).contiguous(),  # a slice, such as the last tokens, stays one in reshape
             self.a,
             self.b,
             scaling=layer.scaling[self.adapter],
@@ -198,6 +201,31 @@ class SampleBySample(Patch):
         copies = sum(gaussian.mean.nbytes + gaussian.hess.nbytes for gaussian in gaussians.values())  # the placement's
         self.nbytes = sum(scratch.nbytes for scratch in self._scratch.values()) + copies
 
+    def install(self) -> None:
+        """Take the place of forward(), and of the hooks before it.
+
+        They may make weights (weight_norm, spectral_norm and pruning of the old kind), and then of each sample's.
+        """
+        super().install()
+        self._pre_hooks = self.module._forward_pre_hooks
+        self.module._forward_pre_hooks = OrderedDict()
+
+    def remove(self) -> None:
+        """Give both back."""
+        super().remove()
+        self.module._forward_pre_hooks = self._pre_hooks
+
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As torch calls hooks and forward()."""
+        for number, hook in list(self._pre_hooks.items()):
+            if number in self.module._forward_pre_hooks_with_kwargs:
+                both = hook(self.module, args, kwargs)
+                args, kwargs = (args, kwargs) if both is None else both
+            else:
+                changed = hook(self.module, args)
+                args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+        return self.forward(*args, **kwargs)
+
     def run(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         chunk = rows // len(self.samples)
         memory = {scratch.untyped_storage().data_ptr() for scratch in self._scratch.values()}
@@ -215,7 +243,7 @@ class SampleBySample(Patch):
                     return tensor[start : start + chunk] if tensor.dim() and tensor.shape[0] == rows else tensor
 
                 chunk_args, chunk_kwargs = map_tensors(part, (args, kwargs))
-                outputs.append(map_tensors(kept, self.forward(*chunk_args, **chunk_kwargs)))
+                outputs.append(map_tensors(kept, self._forward(chunk_args, chunk_kwargs)))
         self._check_outputs(outputs[0], chunk)
         return concatenate(outputs)
 
@@ -230,11 +258,12 @@ class SampleBySample(Patch):
         finally:
             for params, key, weight in places:
                 params[key] = weight.param
+            caches.clear()
 
     def _check_outputs(self, output: Any, chunk: int) -> None:
         for tensor in tensors(output):
             if tensor.dim() == 0 or tensor.shape[0] != chunk:
-                raise ValueError(
+                raise CannotStackError(
                     f"{self.path} ({type(self.module).__name__}) returned {tuple(tensor.shape)} for a batch of "
                     f"{chunk}: the first dimension is not the batch, so that samples cannot be stacked in it"
                 )

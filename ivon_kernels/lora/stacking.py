@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ivon_kernels.gaussians.gaussians import Gaussians
+from ivon_kernels.lora.guard import guard, unguard
 from ivon_kernels.lora.modules import find_modules
 from ivon_kernels.lora.op import BACKENDS
 from ivon_kernels.lora.patches import FusedLora, Patch, SampleBySample
@@ -50,7 +51,7 @@ def stack(
             fits.
         posterior: Where the samples come from.
         samples: How many, numbered from 0, or their numbers.
-        adapter: The adapter that has the posterior's weights; None for the active one.
+        adapter: The adapter that has the posterior's weights; None: its own, else the active one.
         backend: Of :func:`lora_samples_`, for the LoRA linear layers.
 
     Returns:
@@ -59,7 +60,10 @@ def stack(
     Raises:
         ValueError: If the posterior does not fit the model, the model cannot be stacked (it is compiled, or a weight
             belongs to a module without a batch to divide), or `samples` or `backend` is none.
-        RuntimeError: If samples are stacked in the model already, or the adapter is merged.
+        RuntimeError: If samples are stacked in the model already, or the adapter is merged, disabled or not active.
+
+        In a pass, :class:`CannotStackError`, a ValueError, if something computes with a stacked weight outside of the
+        module that runs with its samples, or a module's batch cannot be divided.
     """
     return Stack(model, posterior, samples, adapter=adapter, backend=backend)
 
@@ -85,14 +89,16 @@ class Stack:
             raise ValueError(f"there is no backend {backend!r}; choose one of {', '.join(BACKENDS)}, or None")
         _check_model(model)
         seed = posterior.seed
+        gaussians, self._params = posterior.places_in(model, adapter)
         self._patches: list[Patch] = [
             SampleBySample(sampled, self.samples, seed)
             if weights is None
             else FusedLora(sampled, weights, self.samples, seed, backend)
-            for sampled, weights in find_modules(model, posterior.parameters_of(model, adapter), posterior)
+            for sampled, weights in find_modules(model, self._params, gaussians)
         ]
         for patch in self._patches:
             patch.install()
+        guard(self._params)
 
     @property
     def nbytes(self) -> int:
@@ -183,6 +189,8 @@ class Stack:
         patches, self._patches = self._patches, []
         for patch in reversed(patches):
             patch.remove()
+        if patches:
+            unguard(self._params.values())
         return patches
 
 

@@ -41,7 +41,7 @@ def snapshot_of(
         state_dict = checkpoints.from_ivon_opt(state_dict, own_groups)
     else:
         described = {p: known.get(p, f"a parameter of shape {tuple(p.shape)}") for g in own_groups for p in g["params"]}
-        checkpoints.check(state_dict, own_groups, described)
+        state_dict = checkpoints.fitted(state_dict, own_groups, described)
         seed = int(groups[0]["seed"])
     saved = checkpoints.by_parameter(state_dict, own_groups)
     for param in saved:

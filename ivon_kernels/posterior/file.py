@@ -7,6 +7,8 @@ adapter's weight, or the parameter's name in the model. Metadata, each a JSON te
     seed            of the noise
     groups          [[ess, weight_decay], ...]
     parameters      {NAME: [noise index, group], ...}
+    adapter         [name or null, {NAME: scaling of its layer, ...}] where it was trained; older files lack it
+    aliases         {further name of a tied weight: NAME, ...}; older files lack it
     weights         file name -> SHA-256 of what is in the weights saved beside it; {} without any
     versions        of ivon_kernels, torch and, if they were in use, peft and transformers
     sha256          of all of the above and of the tensors
@@ -24,7 +26,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +34,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ivon_kernels._version import __version__
+from ivon_kernels.gaussians.adapters import Origin
 from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.gaussians import Gaussians
 
@@ -60,11 +63,9 @@ def save(posterior: Gaussians, folder: Path) -> None:
         tensors[f"mean.{name}"] = gaussian.mean.cpu().contiguous()
         tensors[f"hess.{name}"] = gaussian.hess.cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
-    if differing := _first_difference(posterior, folder):
-        raise ValueError(
-            f"{differing} in {folder} is not the mean of this posterior, which was therefore not saved: save the "
-            "weights again at the mean (model.save_pretrained after optimizer.eval()), then the posterior"
-        )
+    origin = posterior.origin
+    if problem := _first_problem(posterior, origin, folder):
+        raise ValueError(f"{problem.what} this posterior, which was therefore not saved: {problem.advice}")
     metadata = {
         "format": _FORMAT,
         "seed": posterior.seed,
@@ -73,6 +74,8 @@ def save(posterior: Gaussians, folder: Path) -> None:
             name: [gaussian.index, groups.index((gaussian.ess, gaussian.weight_decay))]
             for name, gaussian in posterior.items()
         },
+        "adapter": [origin.adapter, dict(origin.scaling)],
+        "aliases": dict(origin.aliases),
         "weights": _hashes(folder),
         "versions": _versions(),
     }
@@ -91,13 +94,13 @@ def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> N
         os.replace(part, path)
 
 
-def load(folder: Path, device: torch.device | str) -> tuple[dict[str, Gaussian], int]:
-    """See :meth:`ivon_kernels.posterior.Posterior.load`. Returns the Gaussians and the seed."""
+def load(folder: Path, device: torch.device | str) -> tuple[dict[str, Gaussian], int, Origin]:
+    """See :meth:`ivon_kernels.posterior.Posterior.load`. Returns the Gaussians, the seed and their origin."""
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(f"there is no {FILE} in {folder}: save it with optimizer.posterior(model).save(folder)")
     try:
-        gaussians, seed, weights = _read(path)
+        gaussians, seed, origin, weights = _read(path)
     except (SafetensorError, OSError) as error:
         raise PosteriorFileError(f"{path} is not a whole safetensors file: {error}") from error
     if weights:
@@ -110,13 +113,13 @@ def load(folder: Path, device: torch.device | str) -> tuple[dict[str, Gaussian],
                     f"{name} in {folder} is not the one that this posterior was saved with (its SHA-256 differs): "
                     "take both files from the same save"
                 )
-    elif differing := _first_difference(gaussians, folder):
-        raise PosteriorFileError(f"{differing} in {folder} is not the mean of the posterior beside it")
+    elif problem := _first_problem(gaussians, origin, folder):
+        raise PosteriorFileError(f"{problem.what} the posterior beside it: {problem.advice}")
     moved = {
         name: replace(gaussian, mean=gaussian.mean.to(device), hess=gaussian.hess.to(device))
         for name, gaussian in gaussians.items()
     }
-    return moved, seed
+    return moved, seed, origin
 
 
 def save_sample(posterior: Gaussians, sample: int, source: Path | None, target: str | Path | None) -> Path:
@@ -129,13 +132,17 @@ def save_sample(posterior: Gaussians, sample: int, source: Path | None, target: 
     files = weight_files(source)
     if not files:
         raise PosteriorFileError(f"there are no saved weights in {source}: none of {', '.join((*_WEIGHTS, _INDEX))}")
-    weights = posterior.draw(sample)
+    weights, aliases = posterior.draw(sample), posterior.origin.aliases
     contents = {path: _tensors(path) for path in files}
-    if missing := [name for name in weights if not any(name in content for content, _ in contents.values())]:
+    there = {aliases.get(name, name) for tensors, _ in contents.values() for name in tensors}
+    if missing := [name for name in weights if name not in there]:
         raise PosteriorFileError(f"the weights in {source} lack {missing[0]!r}, which this posterior is about")
     folder.mkdir(parents=True, exist_ok=True)
     for path, (tensors, metadata) in contents.items():
-        sampled = {name: weights[name].cpu().to(old.dtype) if name in weights else old for name, old in tensors.items()}
+        sampled = dict(tensors)
+        for name, old in tensors.items():  # a tied weight has several names, and may be in a file under each
+            if (own := aliases.get(name, name)) in weights:
+                sampled[name] = weights[own].to("cpu", old.dtype, copy=True)
         write(folder / path.name, sampled, metadata)
     for pattern in _COMPANIONS:
         for companion in source.glob(pattern):
@@ -149,7 +156,7 @@ def save_sample(posterior: Gaussians, sample: int, source: Path | None, target: 
 # and 0.45 s, and their errors would still have to be turned into ones that say what is wrong with the file.
 
 
-def _read(path: Path) -> tuple[dict[str, Gaussian], int, dict[str, str]]:
+def _read(path: Path) -> tuple[dict[str, Gaussian], int, Origin, dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         fields = _Fields(path, metadata)
@@ -186,7 +193,7 @@ def _read(path: Path) -> tuple[dict[str, Gaussian], int, dict[str, str]]:
     tensors = {f"{kind}.{name}": getattr(g, kind) for name, g in gaussians.items() for kind in ("mean", "hess")}
     if fields.get("sha256", str) != _sha256(texts, sorted(tensors.items())):
         raise PosteriorFileError(f"{path} is damaged: it is not what was written (its SHA-256 differs)")
-    return gaussians, seed, weights
+    return gaussians, seed, _origin(path, fields, gaussians), weights
 
 
 class _Fields:
@@ -198,7 +205,9 @@ class _Fields:
         if form != _FORMAT:
             raise PosteriorFileError(f"{path} has format {form!r}, this version of ivon_kernels reads {_FORMAT!r}")
 
-    def get(self, key: str, kind: type[Any]) -> Any:
+    def get(self, key: str, kind: type[Any], default: Any = None) -> Any:
+        if default is not None and key not in self._metadata:
+            return default
         if key not in self._metadata:
             raise PosteriorFileError(f"{self._path} is not a file of ivon_kernels: its metadata lack {key!r}")
         try:
@@ -216,6 +225,22 @@ def _group(path: Path, entry: object) -> tuple[float, float]:
         if 0 < ess <= sys.float_info.max and 0 <= weight_decay <= sys.float_info.max:
             return float(ess), float(weight_decay)
     raise PosteriorFileError(f"{path} is damaged: {entry!r:.60} is no pair of ess and weight decay")
+
+
+def _origin(path: Path, fields: _Fields, names: Iterable[str]) -> Origin:
+    known = set(names)
+    adapter, aliases = fields.get("adapter", list, [None, {}]), fields.get("aliases", dict, {})
+    name, scaling = adapter if len(adapter) == 2 else (0, 0)
+    if not (
+        (name is None or isinstance(name, str))
+        and isinstance(scaling, dict)
+        and known.issuperset(scaling)
+        and all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in scaling.values())
+    ):
+        raise PosteriorFileError(f"{path} is damaged: its 'adapter' is no name with the scaling of its weights")
+    if not all(isinstance(own, str) and own in known and alias not in known for alias, own in aliases.items()):
+        raise PosteriorFileError(f"{path} is damaged: its 'aliases' are not names of its weights")
+    return Origin(name, scaling, aliases)
 
 
 def _place(path: Path, name: str, entry: object, groups: int) -> tuple[int, int]:
@@ -305,17 +330,43 @@ def _sha256(texts: Iterable[tuple[str, str]], tensors: Iterable[tuple[str, Tenso
     return sha256.hexdigest()
 
 
-def _first_difference(gaussians: Mapping[str, Gaussian], folder: Path) -> str | None:
-    """The first saved weight that is not the mean, rounded to its dtype."""
-    for path in weight_files(folder):
+class _Problem(NamedTuple):
+    what: str  # of saved weights, up to "... this posterior"
+    advice: str
+
+
+def _first_problem(gaussians: Mapping[str, Gaussian], origin: Origin, folder: Path) -> _Problem | None:
+    """What is wrong with the saved weights, in words: the first that is not the mean, rounded to its dtype."""
+    files, there = weight_files(folder), set()
+    for path in files:
         for name, tensor in _each_tensor(path):
-            if name in gaussians and not _same(gaussians[name].mean, tensor):
-                return name
+            own = origin.aliases.get(name, name)
+            there.add(own)
+            if own not in gaussians:
+                continue
+            mean = gaussians[own].mean
+            if mean.shape != tensor.shape:
+                return _Problem(
+                    f"{name} in {folder} has the shape {tuple(tensor.shape)}, and {tuple(mean.shape)} in",
+                    "PiSSA, OLoRA and CorDA adapters get twice the rank when they are converted, and a converted "
+                    "adapter cannot carry a posterior; save it without path_initial_model_for_weight_conversion",
+                )
+            if not torch.equal(mean.cpu().to(tensor.dtype), tensor):
+                return _Problem(
+                    f"{name} in {folder} is not the mean of",
+                    "save the weights again at the mean (model.save_pretrained after optimizer.eval()), then the "
+                    "posterior",
+                )
+    # What PEFT has no key for is known by its name in the model, where PEFT keeps it by the adapter's name.
+    own_weights = [n for n in gaussians if n in origin.scaling or (origin.adapter or "") in n.split(".")]
+    if there and (missing := [name for name in own_weights if name not in there]):
+        instead = ", ".join(sorted(there - gaussians.keys())[:3]) or "nothing"
+        return _Problem(
+            f"{files[0].name} in {folder} lacks the adapter's weight {missing[0]!r} of",
+            f"PEFT saves something else that is computed from it ({instead}), which cannot carry a posterior; use this "
+            "one in the model that was trained",
+        )
     return None
-
-
-def _same(mean: Tensor, weight: Tensor) -> bool:
-    return mean.shape == weight.shape and torch.equal(mean.cpu().to(weight.dtype), weight)
 
 
 def _versions() -> dict[str, str]:

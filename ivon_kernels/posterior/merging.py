@@ -50,7 +50,7 @@ def merge(posteriors: Sequence[Posterior], weights: Sequence[float] | None = Non
         if differing := first.keys() ^ other.keys():
             raise ValueError(f"posterior {number} differs from the first one: only one of them has {min(differing)!r}")
     merged = {name: _merged(name, [posterior[name] for posterior in posteriors], alphas) for name in first}
-    return Posterior(merged, first.seed)
+    return Posterior(merged, first.seed, origin=first.origin)
 
 
 def _merged(name: str, gaussians: list[Gaussian], alphas: list[float]) -> Gaussian:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ivon_kernels.gaussians.adapters import NO_ORIGIN, Origin
 from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.noise import check_sample
@@ -45,14 +46,23 @@ class Posterior(Gaussians):
         gaussians: By name; the noise indices differ.
         seed: Of the noise, in ``[0, 2^64)``.
         folder: Where weights and posterior are saved together, or None.
+        origin: Where in a model it was trained: adapter, scaling, further names of tied weights.
 
     Attributes:
         seed: As above.
         folder: As above; set by :meth:`save` and :meth:`load`.
+        origin: As above.
     """
 
-    def __init__(self, gaussians: Mapping[str, Gaussian], seed: int, folder: Path | None = None) -> None:
-        super().__init__(gaussians, seed)
+    def __init__(
+        self,
+        gaussians: Mapping[str, Gaussian],
+        seed: int,
+        folder: Path | None = None,
+        *,
+        origin: Origin = NO_ORIGIN,
+    ) -> None:
+        super().__init__(gaussians, seed, origin=origin)
         self.folder = folder
 
     predict = prediction.predict
@@ -101,7 +111,8 @@ class Posterior(Gaussians):
                 with the weights that are there when it is loaded.
 
         Raises:
-            ValueError: If the weights in the folder are not this posterior's mean.
+            ValueError: If the weights in the folder are not this posterior's mean, or PEFT saves something that was
+                made of them instead (a converted adapter, p-tuning).
             OSError: If it cannot be written.
         """
         file.save(self, Path(folder))
@@ -121,7 +132,8 @@ class Posterior(Gaussians):
             PosteriorFileError: If it is damaged or incomplete, or not saved with the weights that are beside it.
         """
         folder = hub.snapshot(folder, revision)
-        return cls(*file.load(folder, device), folder=folder)
+        gaussians, seed, origin = file.load(folder, device)
+        return cls(gaussians, seed, folder, origin=origin)
 
     def push_to_hub(self, repo_id: str, *, commit_message: str = "Upload posterior") -> str:
         """Upload the saved posterior to a repository that has its adapter: after ``model.push_to_hub(repo_id)``.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ivon_kernels.extras import needed_for
 from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.predict.batches import sample_numbers, to_device
 from ivon_kernels.predict.passes import Sampler, device_of, evaluating
@@ -32,6 +33,7 @@ def generate(
     max_rows: int = 128,
     device: torch.device | str | None = None,
     adapter: str | None = None,
+    **keywords: Any,
 ) -> Tensor:
     """Generate sequences by ``model.generate``, each under one sample of the posterior from first to last token.
 
@@ -42,11 +44,12 @@ def generate(
         model: A model of transformers, perhaps wrapped by PEFT.
         inputs: ``input_ids [B, T]``, or a mapping with these and what else ``generate`` takes (``attention_mask``).
         samples: How many, or their numbers; 0 generates at the mean.
-        options: Keyword arguments of ``model.generate``: ``{"max_new_tokens": 20}``.
+        options: Keyword arguments of ``model.generate`` as a mapping, for those that have a name of this list.
         stacked: Whether several samples share a pass; None: in LoRA models that allow it.
         max_rows: The most rows of a call that several samples share.
         device: Where the inputs go; None is where the model's first parameter is.
-        adapter: Name of the PEFT adapter that the posterior is of; None is the active one.
+        adapter: The PEFT adapter that has the posterior's weights; None: its own, else the active one.
+        **keywords: Keyword arguments of ``model.generate``: ``max_new_tokens=20, do_sample=True``.
 
     Returns:
         int64 ``[S, B, T']``: prompt and continuation as ``generate`` returns them, shorter ones padded at the end. At
@@ -57,16 +60,28 @@ def generate(
     """
     numbers = sample_numbers(samples)
     batch, rows = _prompts(inputs, device_of(model) if device is None else torch.device(device))
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options must be a mapping of generate()'s keyword arguments, got {type(options).__name__}")
     chosen = dict(options or {})
-    sequences: list[Tensor] = []
-    sampler = Sampler(posterior, model, adapter=adapter, stacked=stacked, max_rows=max_rows)
-    with evaluating(model), torch.no_grad(), sampler:
+    if twice := chosen.keys() & keywords.keys():
+        raise TypeError(f"generate() got {', '.join(sorted(twice))} twice: in options and as a keyword")
+    if taken := ((chosen.keys() | keywords.keys()) & batch.keys()):
+        raise TypeError(f"generate() got {', '.join(sorted(taken))} twice: in the inputs and as a keyword")
+    chosen |= keywords
+
+    def passes() -> list[Tensor]:
+        sequences: list[Tensor] = []
         for passed in sampler.passes(numbers, rows):
             output = model.generate(**passed.repeat(batch), **chosen)  # type: ignore[operator]
             if not isinstance(output, Tensor):
                 raise ValueError("generate() returns sequences alone: leave return_dict_in_generate out of the options")
             # Beams and returned sequences of a prompt lie beside each other, so that a sample's rows stay together.
             sequences += output.chunk(passed.samples)
+        return sequences
+
+    sampler = Sampler(posterior, model, adapter=adapter, stacked=stacked, max_rows=max_rows)
+    with evaluating(model), torch.no_grad(), sampler:
+        sequences = sampler.attempt(passes)
     length = max(part.shape[1] for part in sequences)
     _, pad = _special_tokens(model, chosen.get("eos_token_id"), chosen.get("pad_token_id"))
     padded = [nn.functional.pad(part, (0, length - part.shape[1]), value=pad) for part in sequences]
@@ -150,7 +165,7 @@ def generate_averaged(
         stacked: Whether several samples share a pass; None: in LoRA models that allow it.
         max_rows: The most rows of a pass that several samples share. None puts all samples into one.
         device: Where the inputs go; None is where the model's first parameter is.
-        adapter: Name of the PEFT adapter that the posterior is of; None is the active one.
+        adapter: The PEFT adapter that has the posterior's weights; None: its own, else the active one.
 
     Raises:
         ValueError, TypeError: For inputs, options or a model that do not fit.
@@ -171,7 +186,9 @@ def generate_averaged(
     ends, pad = _special_tokens(model, eos_token_id, pad_token_id)
     sampler = Sampler(posterior, model, adapter=adapter, stacked=stacked, max_rows=max_rows)
     with evaluating(model), torch.no_grad(), sampler:
-        return _decode(_Readers(sampler, numbers, mask), choose, ids, max_new_tokens, ends, pad)
+        return sampler.attempt(
+            lambda: _decode(_Readers(sampler, numbers, mask), choose, ids, max_new_tokens, ends, pad)
+        )
 
 
 class _Readers:
@@ -268,7 +285,8 @@ def _warpers(do_sample: bool, temperature: float, top_k: int | None, top_p: floa
         if temperature != 1.0 or top_k is not None or top_p is not None:
             raise ValueError("temperature, top_k and top_p need do_sample=True")
         return []
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    with needed_for("do_sample=True", "transformers"):
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[LogitsProcessor] = []
     if temperature != 1.0:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ivon_kernels.extras import REPORT, needed_for
+
 BINS = 10
 """Bins of the calibration errors and of the reliability diagram."""
 COVERAGE = 0.8
@@ -64,8 +66,9 @@ def evaluate(probabilities: Tensor, labels: Tensor, votes: Tensor | None = None)
     Raises:
         ValueError: a shape, a range or a sum is wrong.
     """
-    from sklearn.metrics import brier_score_loss, log_loss
-    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+    with needed_for("evaluate()", REPORT):
+        from sklearn.metrics import brier_score_loss, log_loss
+        from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
     probabilities, labels = checked(probabilities, labels)
     classes = probabilities.shape[1]
@@ -170,7 +173,9 @@ def reliability(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Reli
         ValueError: a shape, a range or a sum is wrong.
     """
     import numpy as np
-    from sklearn.calibration import calibration_curve
+
+    with needed_for("a calibration curve", REPORT):
+        from sklearn.calibration import calibration_curve
 
     probabilities, labels = checked(probabilities, labels)
     confidence, predicted = probabilities.max(1)
@@ -252,7 +257,8 @@ def _vote_kl(probabilities: Tensor, votes: Tensor) -> float:
 
 
 def _auroc_errors(probabilities: Tensor, labels: Tensor) -> float:
-    from sklearn.metrics import roc_auc_score
+    with needed_for("the AUROC of errors", REPORT):
+        from sklearn.metrics import roc_auc_score
 
     confidence, predicted = probabilities.max(1)
     right = predicted == labels

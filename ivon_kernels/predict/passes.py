@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from ivon_kernels import lora
 from ivon_kernels.gaussians.gaussians import Gaussians
+
+T = TypeVar("T")
 
 
 class Pass(NamedTuple):
@@ -33,7 +35,7 @@ class Sampler:
     Args:
         posterior: Where the samples come from.
         model: The model that runs under them.
-        adapter: Name of the PEFT adapter that the posterior is of; None is the active one.
+        adapter: The PEFT adapter that has the posterior's weights; None: its own, else the active one.
         stacked: Whether several samples share a pass. None: in LoRA models that allow it.
         max_rows: The most rows of a pass that more than one sample shares.
     """
@@ -56,6 +58,21 @@ class Sampler:
     ) -> None:
         self._stack = None
         self._open.__exit__(kind, error, traceback)
+
+    def attempt(self, run: Callable[[], T]) -> T:
+        """What `run` returns, which goes through passes of this sampler and may be called again, with separate ones.
+
+        Raises:
+            lora.CannotStackError: If the model cannot be stacked, which a pass finds out, and stacking was asked for.
+        """
+        try:
+            return run()
+        except lora.CannotStackError as error:
+            if self._required or not self._stacked:
+                raise
+            self._stacked, self._stack = False, None
+            self._open.__exit__(type(error), error, error.__traceback__)  # as a pass that did not finish
+        return run()
 
     def passes(self, numbers: tuple[int, ...], rows: int) -> Iterator[Pass]:
         """The passes that a batch of `rows` needs; each holds until the next one is asked for.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ivon_kernels.gaussians.gaussians import Gaussians
+from ivon_kernels.lora import CannotStackError
 from ivon_kernels.predict.batches import Labelled, batches_of, cut, sample_numbers, split_labels, to_device
 from ivon_kernels.predict.passes import Sampler, device_of, evaluating
 from ivon_kernels.predict.scoring import Score, class_logits
@@ -166,7 +168,7 @@ def predict(
         keep_samples: Whether the prediction also holds the probabilities of every sample.
         progress: Whether to show a progress bar over the batches; None does in a terminal, if there are several.
         device: Where the batches go; None is where the model's first parameter is.
-        adapter: Name of the PEFT adapter that the posterior is of; None is the active one.
+        adapter: The PEFT adapter that has the posterior's weights; None: its own, else the active one.
 
     Returns:
         The probabilities, in the order of `inputs`, and the parts of their uncertainty.
@@ -189,7 +191,8 @@ def predict(
         for batch in batches:
             for piece in cut(split_labels(batch), max_rows):
                 piece = piece._replace(inputs=to_device(piece.inputs, where))
-                parts.append(_predict_piece(sampler, score, numbers, piece, keep_samples))
+                run = functools.partial(_predict_piece, sampler, score, numbers, piece, keep_samples)
+                parts.append(sampler.attempt(run))
             bar.update()
     return _joined(parts)
 
@@ -227,7 +230,8 @@ def _probabilities(logits: Any, rows: int, samples: int) -> Tensor:
         raise ValueError(f"score must return logits [rows, classes] of at least two classes, got {got}")
     if logits.shape[0] != samples * rows:
         advice = "" if samples == 1 else f" ({samples} samples of {rows}); stacked=False gives it one sample at a time"
-        raise ValueError(f"score returned {logits.shape[0]} rows for a batch of {samples * rows}{advice}")
+        kind = ValueError if samples == 1 else CannotStackError
+        raise kind(f"score returned {logits.shape[0]} rows for a batch of {samples * rows}{advice}")
     p = logits.cpu().double().softmax(1).view(samples, rows, -1)
     if p.isnan().any():
         raise ValueError("score returned logits that are nan, or inf, or -inf in every class")

@@ -43,9 +43,15 @@ def next_token(choices: Sequence[int] | None = None) -> Score:
         choices: The tokens that answer; class ``i`` is ``choices[i]``. None takes the whole vocabulary.
 
     Raises:
-        ValueError: If there are fewer than two choices, or one twice.
+        ValueError: If there are fewer than two choices, one twice, or something else than token ids.
     """
-    tokens = None if choices is None else [operator.index(token) for token in choices]
+    try:
+        tokens = None if choices is None else [operator.index(token) for token in choices]
+    except TypeError:
+        raise ValueError(
+            f"choices must be token ids, got {choices!r}: take tokenizer(text, add_special_tokens=False).input_ids, "
+            "or score=choices() with encode_choices() for answers of any length"
+        ) from None
     if tokens is not None and (len(tokens) < 2 or len(set(tokens)) < len(tokens) or min(tokens) < 0):
         raise ValueError(f"choices must be at least two different token ids, got {tokens}")
 

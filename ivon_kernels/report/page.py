@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ivon_kernels.extras import REPORT, needed_for
 from ivon_kernels.predict import metrics
+from ivon_kernels.predict.prediction import Prediction
 from ivon_kernels.report import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from ivon_kernels.gaussians.gaussian import Gaussian
-    from ivon_kernels.predict.prediction import Prediction
 
 __all__ = ["draw_reliability", "report", "table"]
 
@@ -72,10 +73,21 @@ def report(
         The page, `report.md` in the folder.
 
     Raises:
+        TypeError: Predictions are not given by name.
         ValueError: There are no predictions, or labels or votes do not fit them.
+        ModuleNotFoundError: The extra `report` is not installed; nothing is written then.
     """
+    if not isinstance(predictions, Mapping):
+        got = type(predictions).__name__
+        raise TypeError(f"report needs predictions by name, {{'10 samples': prediction}}, got {got}")
     if not predictions:
         raise ValueError("report needs at least one prediction, by name: {'10 samples': prediction}.")
+    for name, prediction in predictions.items():
+        if not isinstance(prediction, Prediction):
+            got = type(prediction).__name__
+            raise TypeError(f"report needs predictions by name, but {name!r} is {got}: take what predict() returns")
+    with needed_for("report()", REPORT):
+        import torchmetrics  # noqa: F401
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if labels is None:
@@ -184,7 +196,8 @@ def _panels(path: Path, names: Iterable[str], draw: Callable[[str, Axes], Axes])
 
 def _figure(rows: int, columns: int, *, panel: float = _PANEL, height: float = 0.0, **options: Any) -> tuple[Any, Any]:
     # Not through pyplot, which would keep the figure and may want a display.
-    from matplotlib.figure import Figure
+    with needed_for("a picture", REPORT):
+        from matplotlib.figure import Figure
 
     size = (panel * columns + 0.4, height or (4.9 if rows == 2 else panel))
     figure = Figure(figsize=size, layout="constrained")

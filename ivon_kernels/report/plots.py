@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ivon_kernels.extras import REPORT, needed_for
 from ivon_kernels.predict import metrics
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def new_axes(ax: Axes | None) -> Axes:
     """`ax`, or axes of a new figure of pyplot's."""
     if ax is not None:
         return ax
-    from matplotlib import pyplot
+    with needed_for("a picture", REPORT):
+        from matplotlib import pyplot
 
     _, made = pyplot.subplots(layout="constrained")
     return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ivon_kernels.backends.state import ParamState
 from ivon_kernels.training.checks import check_gradient
 
-__all__ = ["Closed", "EarlierGradient", "closed_gradients", "refuse_zeroed", "take_gradients"]
+__all__ = ["Closed", "EarlierGradient", "closed_gradients", "computed_at_mean", "refuse_zeroed", "take_gradients"]
 
 Closed = Mapping[ParamState, tuple[Tensor, int]]
 """Gradients at the end of a block and their versions, kept in case ``zero_grad`` drops them before they are read."""
@@ -32,6 +32,26 @@ def take_gradients(states: Iterable[ParamState], closed: Closed) -> None:
         if grad is not None and (grad.layout is not strided or grad.dtype is double):
             grad = check_gradient(state, grad)
         state.take_grad(grad)
+
+
+def computed_at_mean(left: Closed | None, states: Sequence[ParamState], *, changed: bool) -> str | None:
+    """The name of a parameter whose gradient came while the weights held the mean.
+
+    Args:
+        left: The gradients when the sample went; None: it is there.
+        states: Of the parameters that were sampled.
+        changed: Whether what was added to one of these gradients counts. Clipping and unscaling change them, too.
+    """
+    if left is None or (len(left) == len(states) and not changed):
+        return None
+    for state in states:
+        grad = state.grad_now()
+        if grad is None:
+            continue
+        known, version = left.get(state, (None, 0))
+        if known is None or (changed and grad is known and grad._version != version and bool(grad.any())):
+            return state.name
+    return None
 
 
 def refuse_zeroed(closed: Closed) -> None:

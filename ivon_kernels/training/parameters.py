@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,16 @@ from torch import Tensor
 from ivon_kernels import sharding
 from ivon_kernels.backends import choose
 from ivon_kernels.backends.state import Arena, DeviceFlags, ParamState, state_dtype
+from ivon_kernels.checkpoint import check_entry
 from ivon_kernels.hyperparameters import GroupScalars, validate
 from ivon_kernels.training.checks import check_parameter
-from ivon_kernels.weights import Selection
+from ivon_kernels.training.overlap import refuse_shared
+from ivon_kernels.training.table import StateTable
+from ivon_kernels.weights import Selection, take_back
 
 __all__ = ["Parameters"]
+
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 _Place = tuple[Tensor, int, int]  # parameter, its group, its index among all parameters
 _Saved = Mapping[Tensor, Mapping[str, Any]]
@@ -31,9 +36,11 @@ class Parameters:
 
     Attributes:
         groups: The optimizer's ``param_groups``.
+        table: The optimizer's ``state``.
         states: The state of each parameter that has some.
         ordered: All of them, in the parameters' order.
         active: The parameters that are trained now.
+        numbered: Whether the states' indices are the parameters' positions.
         on_device: Whether devices decide on their step.
         scalars: What the groups tell a launch.
         flags: What kernels share on each device.
@@ -44,26 +51,31 @@ class Parameters:
         self.backend = backend
         self.capturable = capturable
         self.scalars = GroupScalars()
-        # The optimizer's own, which torch replaces when it loads a state dict.
+        # The optimizer's ``param_groups`` and ``state``, which torch replaces when it loads a state dict.
         self.groups: list[dict[str, Any]] = []
+        self.table = StateTable()
         self._defaults: dict[str, Any] = {}
-        self._state: MutableMapping[Tensor, Any] = {}
         # Follow the groups and where their parameters are.
         self.states: dict[Tensor, ParamState] = {}
         self.ordered: list[ParamState] = []
         self.flags: dict[torch.device, DeviceFlags] = {}
         self._stateless: list[_Place] = []  # frozen ones
-        self._lists: list[list[Tensor]] = []  # the parameters of each group
+        self._known: list[tuple[list[Tensor], list[Tensor]]] = []  # each group's list of parameters, and a copy
         self._lr: dict[int, Tensor] = {}  # the learning rate of each group, with capturable
         # Follow which parameters are trained.
         self.active = Selection([], self.scalars, backend)
         self.on_device = False
-        self._frozen: list[ParamState] = []  # were trained before
+        self._others: list[Tensor] = []  # parameters that are not
         self._stale = False  # they have to be chosen again
+        self.numbered = True
 
-    def bind(self, groups: list[dict[str, Any]], state: MutableMapping[Tensor, Any], defaults: dict[str, Any]) -> None:
-        """Work on an optimizer's ``param_groups``, ``state`` and ``defaults``."""
-        self.groups, self._state, self._defaults = groups, state, defaults
+    def bind(self, defaults: dict[str, Any]) -> None:
+        """Work on an optimizer's ``defaults``."""
+        self._defaults = defaults
+
+    def take_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Work on these ``param_groups`` from now on; :meth:`follow_groups` looks what that changes."""
+        self.groups = groups
 
     # ---- what they are -------------------------------------------------------------------------------------------
 
@@ -133,6 +145,7 @@ class Parameters:
             if param.requires_grad:  # a frozen one may be a quantized weight
                 check_parameter(param, name)
                 choose(self.backend, param.device, param.dtype)
+        self._refuse_shared()
         self.hold_lr()
 
     def add_groups(self) -> None:
@@ -181,12 +194,38 @@ class Parameters:
     def load(self, saved: _Saved) -> None:
         """Set the state of all parameters: from `saved` where it has some, else to the initial one."""
         self.activate([])
-        self._state.clear()
+        self.table.clear()
         for state in self.ordered:
             state.mark_summed(False)
             state.set_state(saved.get(state.parameter), float(self.groups[state.group]["hess_init"]))
-            self._state[state.parameter] = state.state()
+            self.table.show(state, saved.get(state.parameter, {}))
         self._place(self._waiting(saved), saved)
+        self.table.settle()
+
+    def follow_state(self, *, idle: bool) -> list[ParamState]:
+        """Take over what somebody has done to ``optimizer.state``: see :meth:`StateTable.follow`.
+
+        Args:
+            idle: Whether no step is under way and the weights hold the mean.
+
+        Returns:
+            The states whose mean is another now: their weights have to be written.
+
+        Raises:
+            ValueError: If an entry does not fit its parameter; nothing is changed then.
+            RuntimeError: If a step is under way, which needs the values that its sample was drawn with.
+        """
+        if not self.table.changed:
+            return []
+        rewritten = self.table.follow(self.ordered, self.groups, idle=idle)
+        saved = self.table.others(self.states)
+        given = [place for place in self._stateless if place[0] in saved]
+        names = self.names()
+        for param, _, _ in given:
+            check_entry(saved[param], names[param], param.shape)
+        self._place(given, saved)
+        self.table.settle()
+        return rewritten
 
     def _places(self) -> list[_Place]:
         params = [(param, number) for number, group in enumerate(self.groups) for param in group["params"]]
@@ -202,7 +241,10 @@ class Parameters:
 
     def _place(self, places: Iterable[_Place], saved: _Saved) -> None:
         """Give parameters state in new arenas: a copy of what `saved` has, else the initial state."""
+        places = list(places)
         names = self.names()
+        # Their weights are about to be taken for the mean.
+        take_back([param for param, _, _ in places if param not in self.states])
         buckets: dict[tuple[torch.device, torch.dtype], list[_Place]] = {}
         for place in places:
             buckets.setdefault((place[0].device, state_dtype(place[0].dtype)), []).append(place)
@@ -214,10 +256,15 @@ class Parameters:
                     state = ParamState.of(param, names[param], index, number, arena, position)
                     state.set_state(saved.get(param), float(self.groups[number]["hess_init"]))
                     self.states[param] = state
-                    self._state[param] = state.state()
+                    self.table.show(state, saved.get(param, {}))
+        self._settle()
+
+    def _settle(self) -> None:
+        """Note what there is now."""
         self.ordered = sorted(self.states.values(), key=lambda state: state.index)
         self._stateless = [place for place in self._places() if place[0] not in self.states]
-        self._lists = [group["params"] for group in self.groups]  # the lists themselves, compared by identity
+        self._known = [(group["params"], list(group["params"])) for group in self.groups]
+        self._note_others()
         self._stale = True
 
     def _arena(self, device: torch.device, dtype: torch.dtype, params: list[Tensor]) -> Arena:
@@ -235,23 +282,27 @@ class Parameters:
         self.active = Selection(states, self.scalars, self.backend)
         # With sync=True the ranks have to agree on whether to step, so the host decides.
         self.on_device = self.active.on_device and not self.sync
+        self._note_others()
 
-    def refresh(self, *, idle: bool) -> bool:
+    def _note_others(self) -> None:
+        active = set(map(id, self.active.params))
+        self._others = [param for group in self.groups for param in group["params"] if id(param) not in active]
+
+    @property
+    def unfrozen(self) -> bool:
+        """Whether a parameter that is not active requires a gradient."""
+        return any(map(_REQUIRES_GRAD, self._others))
+
+    def refresh(self, *, keep: bool) -> bool:
         """Decide whose weights to sample: every trainable parameter, wherever it now lives.
 
         Args:
-            idle: As for :meth:`follow_swaps`.
+            keep: A step is under way: what takes part in it stays, frozen since or not.
 
         Returns:
             Whether some have moved to new state.
         """
-        self.follow_swaps(idle=idle)
-        if not (
-            self._stale
-            or self.active.moved()
-            or (self._frozen and any(state.parameter.requires_grad for state in self._frozen))
-            or (self._stateless and any(place[0].requires_grad for place in self._stateless))
-        ):
+        if not (self._stale or self.active.moved() or self.unfrozen):
             return False
         thawed = [place for place in self._stateless if place[0].requires_grad]
         if thawed:
@@ -259,10 +310,15 @@ class Parameters:
             for param, _, _ in thawed:
                 check_parameter(param, names[param])
             self._place(thawed, {})
-        trained = [state.parameter for state in self.ordered if state.parameter.requires_grad]
+            self._refuse_shared()
+        active = set(self.active.states) if keep else set()
+        trained = [
+            state.parameter
+            for state in self.ordered
+            if state.parameter.requires_grad or (keep and (state in active or state.summed))
+        ]
         moved = self._follow_moves([self.states[param] for param in trained])
         self.activate([self.states[param] for param in trained])
-        self._frozen = [state for state in self.ordered if not state.parameter.requires_grad]
         self._stale = False
         return moved
 
@@ -276,41 +332,80 @@ class Parameters:
         self._stale = True
         return moved
 
-    def follow_swaps(self, *, idle: bool) -> None:
-        """Take over parameters that replaced others in the groups, as Accelerate does when it shards a model (FSDP2).
+    def other_gradients(self) -> dict[Tensor, tuple[Tensor, int]]:
+        """The gradients of parameters that are not active, and their versions."""
+        return {param: (param.grad, param.grad._version) for param in self._others if param.grad is not None}
+
+    def follow_groups(self, *, idle: bool) -> list[ParamState]:
+        """Follow parameters that were replaced, added or taken out, and groups that are others.
+
+        State goes with its parameter, as in torch's optimizers: a new one starts anew. Only where all were replaced at
+        once by others of the same shapes, as Accelerate does when it shards a model (FSDP2), it goes by position.
 
         Args:
             idle: Whether no step is under way and the weights hold the mean.
 
+        Returns:
+            The states that are gone; their weights may hold a sample.
+
         Raises:
-            RuntimeError: If they do not correspond to the ones before, or those hold a sample.
+            ValueError, TypeError: If a new parameter or group cannot be used; nothing is changed then.
+            RuntimeError: If all were replaced during a step.
         """
-        lists = [group["params"] for group in self.groups]
-        if len(lists) == len(self._lists) and all(map(operator.is_, lists, self._lists)):
-            return
-        before = {state.index: state for state in self.ordered}
-        places = self._places()
-        if len(places) != self.count or not idle:
-            raise RuntimeError(
-                "the parameters in optimizer.param_groups were replaced by others during a step, or by another number "
-                "of them; build a new optimizer, or use add_param_group"
-            )
-        names = self.names()
-        saved: dict[Tensor, dict[str, Any]] = {}
-        self.states = {}
-        for param, _, index in places:
-            if param.requires_grad:
+        same = len(self.groups) == len(self._known) and all(map(_same_members, self.groups, self._known))
+        if same and (self.numbered or not idle):
+            return []
+        places, names = self._places(), self.names()
+        if len(names) != len(places):
+            raise ValueError("a parameter is more than once in optimizer.param_groups")
+        for number, group in enumerate(self.groups):
+            validate(group, f"parameter group {number}")
+        for param, _, _ in places:
+            if param.requires_grad and param not in self.states:
                 check_parameter(param, names[param])
-            state = before.get(index)
-            if state is not None and state.parameter is param:
-                self.states[param] = state
-            elif state is not None:
-                # Accelerate puts a sharded parameter where the whole one was: what was learned goes by position.
-                self._state.pop(state.parameter, None)
-                if state.step and state.parameter.shape == param.shape:  # else it starts from the parameter as it is
-                    saved[param] = state.state()
-        self.activate([])
-        self._place(self._waiting(saved), saved)
+        self._refuse_shared()
+        self.hold_lr()
+        saved = self._swapped(places, idle=idle)
+        gone = [state for state in self.ordered if state.parameter not in names]
+        for state in gone:
+            del self.states[state.parameter]
+            self.table.forget(state.parameter)
+        for param, number, index in places:
+            if param in self.states:
+                # A sample in the weights was drawn by the number, which therefore stays until it is gone.
+                self.states[param].belong(names[param], number, index if idle else self.states[param].index)
+        self.numbered = idle
+        waiting = self._waiting(saved)
+        if not idle:
+            free = 1 + max((state.index for state in self.states.values()), default=-1)
+            waiting = [(param, number, free + i) for i, (param, number, _) in enumerate(waiting)]
+        self._place(waiting, saved)
+        return gone
+
+    def _swapped(self, places: list[_Place], *, idle: bool) -> _Saved:
+        """What was learned, by the new parameters, where a sharded one was put in the place of every whole one."""
+        before = [param for _, members in self._known for param in members]
+        if len(before) != len(places) or not any(sharding.as_dtensor(place[0]) is not None for place in places):
+            return {}
+        if {place[0] for place in places}.intersection(before):
+            return {}
+        if not idle:
+            raise RuntimeError(
+                "all parameters in optimizer.param_groups were replaced by sharded ones during a step; shard the model "
+                "between steps"
+            )
+        learned = {}
+        for old, (new, _, _) in zip(before, places, strict=True):
+            state = self.states.get(old)
+            if (
+                state is not None and state.step and old.shape == new.shape
+            ):  # else it starts from the parameter as it is
+                learned[new] = state.state()
+        return learned
+
+    def _refuse_shared(self) -> None:
+        """Refuse trained parameters that share memory."""
+        refuse_shared({param: name for param, name in self.names().items() if param.requires_grad})
 
     def adopt_edits(self) -> bool:
         """Take weights that were edited from outside over as the new mean. They must hold the mean.
@@ -335,6 +430,8 @@ class Parameters:
                     f"{tuple(state.param.shape)} now; build a new optimizer"
                 )
             check_parameter(state.parameter, state.name)
+        if moved:
+            self._refuse_shared()
         elsewhere = [
             state
             for state in moved
@@ -361,6 +458,12 @@ class Parameters:
 
 
 def _names(group: dict[str, Any], number: int) -> list[str]:
-    if "param_names" in group:
-        return list(group["param_names"])
-    return [f"param_groups[{number}]['params'][{i}] of shape {tuple(p.shape)}" for i, p in enumerate(group["params"])]
+    params = group["params"]
+    given = list(group.get("param_names", ()))[: len(params)]  # others may have been appended, or taken out, since
+    rest = enumerate(params[len(given) :], len(given))
+    return given + [f"param_groups[{number}]['params'][{i}] of shape {tuple(p.shape)}" for i, p in rest]
+
+
+def _same_members(group: dict[str, Any], known: tuple[list[Tensor], list[Tensor]]) -> bool:
+    params, copy = known
+    return group["params"] is params and len(params) == len(copy) and all(map(operator.is_, params, copy))

@@ -33,8 +33,17 @@ class Parts(NamedTuple):
 
 
 def pack(samples: Samples, update: Update) -> Parts:
-    """Everything that is needed to go on. Waits for devices that count skipped steps."""
+    """Everything that is needed to go on. Waits for devices that count skipped steps.
+
+    Raises:
+        RuntimeError: If the noise of the sample under way is numbered in another way than a copy would number it.
+    """
     parameters = samples.parameters
+    if not parameters.numbered and not samples.is_idle:
+        raise RuntimeError(
+            "parameters were added to the optimizer, or taken out, since this step's sample was drawn: copy or pickle "
+            "it after step(), or call discard_samples() first"
+        )
     return Parts(
         backend=parameters.backend,
         nonfinite=samples.nonfinite,

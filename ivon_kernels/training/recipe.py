@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 PUBLISHED_LR = 0.03  # for 10,000 steps
 PUBLISHED_ESS = 1e7
@@ -24,10 +24,10 @@ class LoraSettings(NamedTuple):
 
 
 def lora_settings(
-    num_data: float,
+    num_data: SupportsFloat,
     *,
-    steps: float | None,
-    sigma: float | None,
+    steps: SupportsFloat | None,
+    sigma: SupportsFloat | None,
     lr: float | None,
     ess: float | None,
     hess_init: float | None,
@@ -37,22 +37,20 @@ def lora_settings(
     """The settings of :meth:`ivon_kernels.IVON.for_lora`, whose arguments these are; what is None is worked out.
 
     Raises:
-        ValueError: A number is out of range, or `sigma` contradicts the others.
+        ValueError: A number is out of range or no number, or `sigma` contradicts the others.
     """
-    for name, value in (("num_data", num_data), ("steps", steps)):
-        if value is not None and not 1 <= value < math.inf:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    num_data = _number(num_data, "num_data", "at least 1", 1)
+    steps = None if steps is None else _number(steps, "steps", "at least 1", 1)
+    sigma = None if sigma is None else _number(sigma, "sigma", "positive", math.nextafter(0, 1))
     if lr is None:
         lr = PUBLISHED_LR if steps is None else max(PUBLISHED_LR, _rate(steps, sigma or 0.0, clip_radius))
     if sigma is None:
         return LoraSettings(
             lr,
-            max(PUBLISHED_ESS, float(num_data)) if ess is None else ess,
+            max(PUBLISHED_ESS, num_data) if ess is None else ess,
             PUBLISHED_HESS if hess_init is None else hess_init,
             PUBLISHED_BETA2 if beta2 is None else beta2,
         )
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma must be positive, got {sigma}")
     precision = sigma**-2  # ess * hess_init
     if ess is not None and hess_init is not None:
         raise ValueError("of sigma, ess and hess_init two decide the third: leave one of them out")
@@ -66,6 +64,17 @@ def lora_settings(
                 f"a posterior warmer than Bayes'. Leave hess_init out, or make it {precision / num_data:.2g} or less."
             )
     return LoraSettings(lr, ess, hess_init, BETA2 if beta2 is None else beta2)
+
+
+def _number(value: SupportsFloat, name: str, wanted: str, least: float) -> float:
+    """A setting as a Python number: NumPy's numbers and tensors of one are taken too."""
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):  # of tensors of several
+        number = math.nan
+    if not least <= number < math.inf:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return number
 
 
 def _rate(steps: float, sigma: float, clip_radius: float) -> float:

@@ -6,12 +6,20 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ivon_kernels.backends import DeviceBackend, Draw, Launch
 from ivon_kernels.backends.state import ParamState
 from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES
 from ivon_kernels.training import replicas
-from ivon_kernels.training.gradients import Closed, EarlierGradient, closed_gradients, refuse_zeroed, take_gradients
+from ivon_kernels.training.gradients import (
+    Closed,
+    EarlierGradient,
+    closed_gradients,
+    computed_at_mean,
+    refuse_zeroed,
+    take_gradients,
+)
 from ivon_kernels.training.parameters import Parameters
 from ivon_kernels.weights import EDITED, Selection, Weights
 
@@ -65,6 +73,7 @@ class Samples:
         # While a closure or a launch runs.
         self.in_closure = False
         self._grads_in_states = False
+        self._earlier: dict[Tensor, tuple[Tensor, int]] = {}  # gradients of what is not sampled, from before the sample
         # From step to step.
         self._start_over()
 
@@ -76,6 +85,7 @@ class Samples:
         self.of_all_ranks = 0
         self.bad: str | None = None
         self._closed: Closed = {}
+        self._left: Closed | None = None  # the gradients when the mean came back, with the sample's step to be taken
 
     def resume(
         self, count: int, replay: int | None, folded: int, bad: str | None, *, in_closure: bool, had_gradients: bool
@@ -121,10 +131,23 @@ class Samples:
     def put(self, draw: Draw) -> None:
         """Weights <- mean + sigma eps, whatever they hold."""
         if self.weights.held is None:
-            self._refresh(idle=not self.count)
+            self.follow()
+            self._refresh()
         else:
             self._catch_up()
         self._put(draw)
+
+    def take_in(self) -> None:
+        """Let the sample that is in the weights be of what was unfrozen or added since, too."""
+        self.follow()
+        self._refuse_unsampled()  # it would pass for the sample's from now on
+        self._catch_up()
+        before = self.parameters.active
+        self._refresh()
+        if self.parameters.active is not before and not self.weights.edited:
+            self.parameters.check_capture()
+            self.parameters.scalars.update(self.parameters.groups)
+            self.weights.extend(self.parameters.active, self.draw)
 
     def _put(self, draw: Draw) -> None:
         """The same where the parameters have just been looked at."""
@@ -148,9 +171,21 @@ class Samples:
         if edited:
             raise RuntimeError(EDITED)
 
-    def _refresh(self, *, idle: bool) -> None:
-        if self.parameters.refresh(idle=idle):
+    def _refresh(self) -> None:
+        if self.parameters.refresh(keep=not self.is_idle):
             self._tell_devices()
+
+    def follow(self) -> None:
+        """Follow what was done to ``param_groups`` and ``state`` since the last look."""
+        parameters, weights = self.parameters, self.weights
+        if gone := parameters.follow_groups(idle=self.is_idle):
+            lost = set(gone).intersection(parameters.active.states)
+            parameters.activate([state for state in parameters.active.states if state not in lost])
+            if weights.held is not None:
+                weights.follow(parameters.active)
+                weights.write(Selection(list(lost), parameters.scalars, parameters.backend), None)
+        if rewritten := parameters.follow_state(idle=self.is_idle):
+            weights.write(Selection(rewritten, parameters.scalars, parameters.backend), None)
 
     def _catch_up(self) -> Selection:
         before = self.parameters.active
@@ -162,9 +197,11 @@ class Samples:
 
     def adopt_edits(self) -> None:
         """Take weights that were edited while they hold the mean over as the new mean."""
-        self.parameters.follow_swaps(idle=self.is_idle)
-        if self.weights.held is None and self.parameters.adopt_edits():
-            self._tell_devices()
+        self.follow()
+        if self.weights.held is None:
+            self.weights.refuse_others([state.parameter for state in self.parameters.ordered])
+            if self.parameters.adopt_edits():
+                self._tell_devices()
 
     @property
     def is_idle(self) -> bool:
@@ -199,19 +236,21 @@ class Samples:
             raise RuntimeError(f"{MAX_SAMPLES} samples were drawn without a step(): call step() or discard_samples()")
         if not self._agreed:
             self._agree()
+        self.follow()
         fresh = self.is_idle
         if fresh:
-            self._refresh(idle=True)  # before this sample is counted: parameters are not exchanged during a step
+            self._refresh()  # before this sample is counted
+            self._earlier = self.parameters.other_gradients()
         else:
-            self.parameters.follow_swaps(idle=False)
+            self._refuse_unsampled()
         self.fold()  # of the parameters that had the last sample, before others are chosen
         self.count += 1
         self.replay = replay
         try:
-            if fresh:
-                self._put(self.draw)
-            else:
-                self.put(self.draw)
+            if not fresh:
+                self._catch_up()
+                self._refresh()
+            self._put(self.draw)
             self._require_trained()
         except BaseException:
             self.count -= 1
@@ -230,9 +269,42 @@ class Samples:
         edited = self.weights.edited
         self.restore()
         if self.count == drawn:  # else the block took the step itself
-            self._closed = closed_gradients(self.parameters.active.states)
+            self._left = self._closed = closed_gradients(self.parameters.active.states)
         if edited:
             raise RuntimeError(EDITED)
+
+    def pause(self) -> None:
+        """The mean comes back before the step, and gradients that are computed meanwhile are none of the sample.
+
+        Raises:
+            RuntimeError: After that, if somebody wrote into the weights in the meantime.
+        """
+        waits = self.weights.held is not None and self.count > 0
+        self.restore_unedited()
+        if waits:
+            self._left = closed_gradients(self.parameters.active.states)
+
+    def go_on(self) -> None:
+        """Put the sample of before :meth:`pause` back.
+
+        Raises:
+            RuntimeError: If there is a gradient that was computed at the mean.
+        """
+        self._refuse_at_mean(changed=True)
+        self._refuse_unsampled()
+        self._left = None
+        self.put(self.draw)
+
+    def _refuse_at_mean(self, *, changed: bool = False) -> None:
+        """Refuse gradients that came while the weights held the mean; with `changed` also what was added to others."""
+        name = computed_at_mean(self._left, self.parameters.active.states, changed=changed)
+        if name is not None:
+            self.discard()
+            raise RuntimeError(
+                f"the gradient of {name} was computed while the weights held the mean, not the sample: call backward() "
+                "before the sampled_params() block ends, or before optimizer.eval() (activation checkpointing hides "
+                "this from autograd); the samples of this step were discarded"
+            )
 
     def abort(self) -> None:
         """The block failed: its sample does not count, and the mean comes back."""
@@ -319,6 +391,7 @@ class Samples:
         """Add the gradients of the last sample to the sums, once."""
         if self.folded == self.count:
             return
+        self._refuse_at_mean()
         refuse_zeroed(self._closed)
         parameters = self.parameters
         # A parameter may join at a later sample, in an arena whose sums others use already: those must not be cleared.
@@ -340,11 +413,14 @@ class Samples:
             launch.backend.accumulate(launch, self.draw)
         self._clear_gradients(states)  # or backward would add the next sample's gradient to this one's
         self._drop_gradients()
-        self._closed = {}
+        self._closed, self._left = {}, None
         self.folded = self.count
 
     def gather(self) -> list[Launch]:
         """The launches of the step: the parameters with a gradient of any sample."""
+        self.follow()
+        self._refuse_at_mean()
+        self._refuse_unsampled()
         active = self._catch_up()
         if self.folded < self.count:
             launches = self._with_gradients()
@@ -356,6 +432,18 @@ class Samples:
                 launch.mark_summed(summed)
         self.had_gradients |= bool(launches)
         return launches
+
+    def _refuse_unsampled(self) -> None:
+        """Refuse to drop the gradient of a parameter that had no sample, unless it is older than the sample."""
+        for param, (grad, version) in self.parameters.other_gradients().items():
+            old, old_version = self._earlier.get(param, (None, 0))
+            if grad is not old or version != old_version:
+                name = self.parameters.names()[param]
+                raise RuntimeError(
+                    f"{name} has a gradient, but was frozen or not yet in the optimizer when this step's sample was "
+                    "drawn: call optimizer.train() again after unfreezing it (after switching the adapter, say) and "
+                    "before the forward pass, or clear that gradient"
+                )
 
     def share(self, bad: bool) -> bool:
         """Add up the samples of all ranks (``sync=True``). All of this rank's are in the sums.

@@ -203,13 +203,16 @@ def test_an_unwritable_out_ends_in_one_sentence(adapter: Path, tmp_path: Path) -
     refused(evaluate(adapter, tmp_path / "file"), f"Cannot write to --out {tmp_path / 'file'}: ")
 
 
-def test_ctrl_c_keeps_what_was_judged(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    handler = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupt_keeps_what_was_judged(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals
+) -> None:
+    handler = signal.getsignal(sent)
     judge = run.Evaluation._judge
 
     def interrupted(self: run.Evaluation, name: str, *rest: Any) -> None:
         if name == "vader_movie":
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), sent)
         judge(self, name, *rest)
 
     monkeypatch.setattr(run.Evaluation, "_judge", interrupted)
@@ -220,4 +223,4 @@ def test_ctrl_c_keeps_what_was_judged(trained: Path, tmp_path: Path, monkeypatch
     assert found["finished"] is False
     assert [domain["task"] for domain in found["domains"]] == ["vader_nyt"]
     assert (tmp_path / "vader_nyt" / "report.md").exists()
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(sent) is handler

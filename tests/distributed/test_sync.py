@@ -303,7 +303,7 @@ def first_sample(when: str, seeds: list[int | None], store: str) -> tuple[int, T
 @pytest.mark.parametrize("when", ["after", "before"])
 def test_the_seed_of_rank_0_is_everybodys(ranks: Ranks, when: str, tmp_path: Any) -> None:
     (seed, sample), (other, same) = ranks.run(2, first_sample, when, [None, None], str(tmp_path / "store"))
-    assert seed == other == 40 and torch.equal(sample, same)
+    assert seed == other and torch.equal(sample, same)
 
 
 @pytest.mark.parametrize("seeds", [[1, 2], [None, 2], [1, None]])
@@ -314,7 +314,7 @@ def test_different_seeds_are_refused(ranks: Ranks, when: str, seeds: list[int | 
 
 
 def resumed_from(checkpoints: list[dict[str, Any] | None]) -> str:
-    optimizer = IVON(parameters(*SHAPES), 0.1, 10.0)  # with seed 0, which is the global one
+    optimizer = IVON(parameters(*SHAPES), 0.1, 10.0, seed=0)
     saved = checkpoints[dist.get_rank()]
     if saved is not None:
         optimizer.load_state_dict(saved)

@@ -179,7 +179,7 @@ def test_another_backend_is_an_error_at_the_first_sample(backend: str | None) ->
 
 def test_a_group_on_several_devices_is_refused(target: Target) -> None:
     optimizer, params = fresh(target)
-    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.empty(2, device="meta")))
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.empty(2, device="meta"), requires_grad=False))
     with pytest.raises(ValueError, match=r"parameter group 0 on one device"):
         optimizer.train()
     assert torch.equal(flat(params), flat(parameters(*SHAPES)))

@@ -214,12 +214,16 @@ def test_one_cycle_with_momentum_is_refused_by_torch() -> None:
 # --- seeds -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_seed_is_torchs_and_leaves_the_global_rng_alone() -> None:
-    torch.manual_seed(1234)
-    rng = torch.get_rng_state()
-    optimizer, params = fresh(seed=None)
-    train(optimizer, params, 2)
-    assert optimizer.seed == 1234 and torch.equal(torch.get_rng_state(), rng)
+def test_the_default_seed_is_drawn_from_torchs_and_training_leaves_the_global_rng_alone() -> None:
+    seeds = []
+    for _ in range(2):
+        torch.manual_seed(1234)
+        optimizer, params = fresh(seed=None)
+        rng = torch.get_rng_state()
+        train(optimizer, params, 2)
+        assert torch.equal(torch.get_rng_state(), rng)
+        seeds.append((optimizer.seed, fresh(seed=None)[0].seed))
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 2
 
 
 @pytest.mark.on_triton

@@ -34,7 +34,10 @@ from tests.support.helpers import (
     snapshot,
 )
 
-pytestmark = pytest.mark.usefixtures("known_normals")
+pytestmark = [
+    pytest.mark.usefixtures("known_normals"),
+    pytest.mark.filterwarnings("ignore:every parameter group has weight_decay=0"),
+]
 
 SEED = 11
 # The `backend` fixture gives every example the same value.

@@ -218,3 +218,23 @@ def test_a_model_without_a_cache_is_refused(llm: Trained) -> None:
     with pytest.raises(ValueError, match="key-value cache, got NoCache"):
         generate_averaged(type(llm.posterior)({}, 0), NoCache(), tokens(1, 3), samples=0, max_new_tokens=2)
     assert math.isfinite(config.vocab_size)
+
+
+@pytest.mark.parametrize("options", [{}, {"options": {"do_sample": False}}], ids=["keywords", "both"])
+def test_keywords_are_those_of_the_models_generate(llm: Trained, options: dict[str, Any]) -> None:
+    expected = generate(llm.posterior, llm.model, padded(), samples=2, options=greedy(num_beams=2))
+    found = llm.posterior.generate(llm.model, padded(), samples=2, max_new_tokens=NEW, num_beams=2, **options)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_new_tokens": 2, "options": {"max_new_tokens": 3}}, "got max_new_tokens twice: in options"),
+        ({"attention_mask": torch.ones(3, 4)}, "got attention_mask twice: in the inputs"),
+        ({"options": [("max_new_tokens", 3)]}, "options must be a mapping of generate"),
+    ],
+)
+def test_keywords_that_contradict(llm: Trained, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        generate(llm.posterior, llm.model, padded(), samples=2, **given)

@@ -278,6 +278,7 @@ def test_the_model_may_change_between_samples(trained: tuple[PeftModel, IVON, Po
         )
         if "default" not in model.peft_config:
             model.add_adapter("default", lora_config())
+            model.set_adapter("default")  # PEFT does not, and samples would have no effect
         with posterior.sampled(model, 3):
             held = posterior.parameters_of(model)
             assert all(held[name].equal(drawn[name].to(held[name].dtype)) for name in posterior)
@@ -288,10 +289,19 @@ def test_one_of_several_adapters(trained: tuple[PeftModel, IVON, Posterior]) -> 
     model.add_adapter("second", lora_config())
     first, second = (posterior.parameters_of(model, name) for name in ("default", "second"))
     before = [p.detach().clone() for p in first.values()]
+    with (
+        pytest.raises(RuntimeError, match=r"'second', .* is not active in .*q_proj .*set_adapter\('second'\)"),
+        posterior.sampled(model, 4, adapter="second"),
+    ):
+        pass
+    model.set_adapter("second")
     with posterior.sampled(model, 4, adapter="second"):
         assert same({n: p.detach() for n, p in second.items()}, posterior.draw(4))
         assert all(p.equal(old) for p, old in zip(first.values(), before, strict=True))
-    with posterior.sampled(model, 4):  # the active one
+    with pytest.raises(RuntimeError, match=r"'default', .* is not active"), posterior.sampled(model, 4):
+        pass  # not of the active one, which the posterior does not know
+    model.set_adapter("default")
+    with posterior.sampled(model, 4):
         assert same({n: p.detach() for n, p in first.items()}, posterior.draw(4))
     model.base_model.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="several adapters are active"), posterior.sampled(model, 4):

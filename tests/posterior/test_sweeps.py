@@ -49,8 +49,8 @@ def test_fractions_are_scored_as_predictions() -> None:
     )
     probabilities = predict(llm.posterior.pruned(0.5), llm.model, batch, samples=0, score=score).probabilities
     assert found.scores[1] == evaluate(probabilities, labels)
-    with llm.model.disable_adapter():  # a LoRA adapter of zeros
-        plain = predict(llm.posterior, llm.model, batch, samples=0, score=score).probabilities
+    with torch.no_grad(), llm.model.disable_adapter():  # a LoRA adapter of zeros; a posterior of it is refused here
+        plain = score(llm.model.eval(), batch).double().softmax(1)
     assert found.scores[2].nll == pytest.approx(evaluate(plain, labels).nll, abs=1e-6)
     assert found.best == min(zip(found.scores, found.values, strict=True), key=lambda pair: pair[0].brier)[1]
     assert same(dict(found.posterior.mean), dict(llm.posterior.pruned(found.best).mean))

@@ -85,7 +85,7 @@ from ivon_kernels._native import find_library
 assert ivon_kernels.__file__.startswith(sys.argv[1]), ivon_kernels.__file__
 print(json.dumps([ivon_kernels.available_backends(), str(find_library("cpu"))]))
 """
-MAIN = "import runpy; runpy.run_module('ivon_kernels', run_name='__main__')"
+MAIN = "import runpy; del sys.argv[1]; runpy.run_module('ivon_kernels', run_name='__main__')"
 
 
 def _python(site: Path, code: str) -> str:
