@@ -60,7 +60,7 @@ class Parameters:
         self.ordered: list[ParamState] = []
         self.flags: dict[torch.device, DeviceFlags] = {}
         self._stateless: list[_Place] = []  # frozen ones
-        self._known: list[tuple[list[Tensor], list[Tensor]]] = []  # each group's list of parameters, and a copy
+        self._known: list[_Members] = []  # of each group
         self._lr: dict[int, Tensor] = {}  # the learning rate of each group, with capturable
         # Follow which parameters are trained.
         self.active = Selection([], self.scalars, backend)
@@ -263,7 +263,7 @@ class Parameters:
         """Note what there is now."""
         self.ordered = sorted(self.states.values(), key=lambda state: state.index)
         self._stateless = [place for place in self._places() if place[0] not in self.states]
-        self._known = [(group["params"], list(group["params"])) for group in self.groups]
+        self._known = [_Members(group["params"]) for group in self.groups]
         self._note_others()
         self._stale = True
 
@@ -352,7 +352,7 @@ class Parameters:
             ValueError, TypeError: If a new parameter or group cannot be used; nothing is changed then.
             RuntimeError: If all were replaced during a step.
         """
-        same = len(self.groups) == len(self._known) and all(map(_same_members, self.groups, self._known))
+        same = len(self.groups) == len(self._known) and all(map(_Members.are_those_of, self._known, self.groups))
         if same and (self.numbered or not idle):
             return []
         places, names = self._places(), self.names()
@@ -384,7 +384,7 @@ class Parameters:
 
     def _swapped(self, places: list[_Place], *, idle: bool) -> _Saved:
         """What was learned, by the new parameters, where a sharded one was put in the place of every whole one."""
-        before = [param for _, members in self._known for param in members]
+        before = [param for members in self._known for param in members.copy]
         if len(before) != len(places) or not any(sharding.as_dtensor(place[0]) is not None for place in places):
             return {}
         if {place[0] for place in places}.intersection(before):
@@ -464,6 +464,21 @@ def _names(group: dict[str, Any], number: int) -> list[str]:
     return given + [f"param_groups[{number}]['params'][{i}] of shape {tuple(p.shape)}" for i, p in rest]
 
 
-def _same_members(group: dict[str, Any], known: tuple[list[Tensor], list[Tensor]]) -> bool:
-    params, copy = known
-    return group["params"] is params and len(params) == len(copy) and all(map(operator.is_, params, copy))
+class _Members:
+    """The parameters that a group had when its list was last looked at."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.list, self.copy = params, list(params)
+        self._scalars = [i for i, param in enumerate(params) if param.numel() == 1]
+
+    def are_those_of(self, group: dict[str, Any]) -> bool:
+        """Whether the group has the same list with the same parameters in it."""
+        params = group["params"]
+        if params is not self.list or len(params) != len(self.copy):
+            return False
+        # Lists are compared by identity first, ten times as fast as an `is` for each. Where they differ torch compares
+        # elements, and cannot say true or false of them, but for one element.
+        try:
+            return bool(params == self.copy) and all(params[i] is self.copy[i] for i in self._scalars)
+        except Exception:  # of whatever kind of tensor
+            return False
