@@ -280,9 +280,7 @@ def test_overridden_weight_decay_is_warned_of(tmp_path: Path, decay: float) -> N
         optimizer_cls_and_kwargs=cls_and_options,
         callbacks=[IVONCallback()],
     )
-    said, *more = sorted(advice(trainer))
-    # With 0 for all of them the optimizer itself has a word to say, too.
-    assert [text.startswith("every parameter group has weight_decay=0") for text in more] == [True] * (not decay)
+    (said,) = advice(trainer)
     assert (
         f"TrainingArguments.weight_decay={decay} overrides IVON's weight_decay=0.01" in said and "IVONFactory" in said
     )
