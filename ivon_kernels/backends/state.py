@@ -230,14 +230,13 @@ class ParamState:
 
     def set_state(self, saved: Mapping[str, Any] | None, hess_init: float) -> None:
         """Copy a saved state, or start from the parameter as it is."""
-        self.arena.steps[self.position] = 0 if saved is None else int(saved["step"])
         if saved is None:
+            self.start_over(hess_init)
             self.mean.copy_(self.param.detach())
-            self.momentum.zero_()
-            self.hess.fill_(hess_init)
-        else:
-            for key in STATE_KEYS:
-                getattr(self, key).copy_(self.local(saved[key]))
+            return
+        self.arena.steps[self.position] = int(saved["step"])
+        for key in STATE_KEYS:
+            getattr(self, key).copy_(self.local(saved[key]))
 
     def start_over(self, hess_init: float) -> None:
         """Forget what was learned, but for the mean."""

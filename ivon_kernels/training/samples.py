@@ -183,9 +183,9 @@ class Samples:
             parameters.activate([state for state in parameters.active.states if state not in lost])
             if weights.held is not None:
                 weights.follow(parameters.active)
-                weights.write(Selection(list(lost), parameters.scalars, parameters.backend), None)
+                weights.write(parameters.active.select(list(lost)), None)
         if rewritten := parameters.follow_state(idle=self.is_idle):
-            weights.write(Selection(rewritten, parameters.scalars, parameters.backend), None)
+            weights.write(parameters.active.select(rewritten), None)
 
     def _catch_up(self) -> Selection:
         before = self.parameters.active
