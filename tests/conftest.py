@@ -52,10 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """From here on garbage is collected, but not looked for in what the imports left, which takes half a second."""
+    """From here on garbage is collected: see :func:`_little_to_look_through`."""
     gc.enable()
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
@@ -97,6 +95,16 @@ def _as_asked() -> None:
     shake.start()
     if installed() and interpreted():
         fast_interpreter.install()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_look_through() -> None:
+    """Garbage is not looked for in what the imports and earlier files left, which takes up to a second each time.
+
+    For each file anew, because the speed benchmark, which does the same, thaws everything when it ends.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
