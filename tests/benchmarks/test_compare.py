@@ -129,6 +129,7 @@ def few(**fields: Any) -> Content:
 # ---- the statistics --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_runs_of_the_same_code_rarely_raise_an_alarm() -> None:
     pairs = [compared(simulated(2 * i), simulated(2 * i + 1)) for i in range(8)]
     assert all(len(c.changes) == 24 * (2 * 4 + 7) for c in pairs)  # time and memory of ours, time of the others

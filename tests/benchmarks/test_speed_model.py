@@ -191,6 +191,7 @@ def test_pytest_benchmarks_times_ours_and_the_peers() -> None:
     assert "AdamW (fused)" in output
 
 
+@pytest.mark.slow
 def test_pytest_benchmarks_without_the_plugin_says_so() -> None:
     hide = (
         "import importlib.util as u; found = u.find_spec; "
@@ -202,6 +203,7 @@ def test_pytest_benchmarks_without_the_plugin_says_so() -> None:
     assert output.strip() == sentence
 
 
+@pytest.mark.slow
 def test_pytest_benchmarks_side_by_side_is_refused() -> None:
     pytest.importorskip("pytest_benchmark.plugin")
     code, output = run_pytest("benchmarks", "-n", "2")

@@ -147,7 +147,11 @@ def alone(work: Work) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("world_size", "work"),
-    [(1, plain), (4, plain), *((2, work) for work in (plain, in_blocks, two_samples, accumulated, clipped))],
+    [
+        (1, plain),
+        pytest.param(4, plain, marks=pytest.mark.slow),
+        *((2, work) for work in (plain, in_blocks, two_samples, accumulated, clipped)),
+    ],
 )
 def test_equals_one_process_on_the_whole_batch(ranks: Ranks, world_size: int, work: Work) -> None:
     results = ranks.run(world_size, trained, work, {})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ivon_kernels import IVON
 from ivon_kernels.integrations.lightning import IVONCallback
-from tests.support.helpers import state
+from tests.support.helpers import slow_but, state
 from tests.support.known_curvature import NOISE_ONLY, expected_hessian, hessian_tolerance
 from tests.support.lightning_models import (
     MOVING,
@@ -74,7 +74,7 @@ def fitted(module: LightningModule, *callbacks: Callback, **options: Any) -> Lig
 
 
 @advice
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", slow_but([1, 2], 2))
 @pytest.mark.parametrize("clipping", CLIPPING)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_hessian_is_right_in_every_combination(precision: str, clipping: str, accumulate: int) -> None:

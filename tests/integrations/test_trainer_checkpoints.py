@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from ivon_kernels import IVON
 from ivon_kernels.integrations.transformers import IVONCallback, ivon_of
-from tests.support.helpers import assert_same, snapshot
+from tests.support.helpers import assert_same, slow_but, snapshot
 from tests.support.tiny_llm import (
     IVON_OPTIONS,
     arguments,
@@ -117,7 +117,7 @@ def assert_saved(folder: Path, mean: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("event", ["on_substep_end", "on_pre_optimizer_step", "on_step_end"])
-@pytest.mark.parametrize("own", [False, True], ids=["use_ivon", "optimizers"])
+@pytest.mark.parametrize("own", slow_but([False, True], False), ids=["use_ivon", "optimizers"])
 def test_saves_of_other_callbacks_hold_the_mean(tmp_path: Path, event: str, own: bool) -> None:
     """Whatever the moment; and training goes on as if nothing had been saved."""
     undisturbed = make_trainer(tmp_path, max_steps=2)

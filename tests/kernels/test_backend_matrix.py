@@ -22,8 +22,9 @@ from tests.support.matrix import (
 
 PRODUCT = [Case(*values) for values in itertools.product(DTYPES, LAYOUTS, SAMPLES, VARIANTS)]
 
-# For the interpreter, which takes a hundred times longer: every value of every axis, each dtype in every layout, each
-# variant with one sample and with several (kernels of their own), several samples in memory order and in another.
+# For daily work, and for the interpreter, which takes a hundred times longer: every value of every axis, each dtype in
+# every layout, each variant with one sample and with several (kernels of their own), several samples in memory order
+# and in another.
 COVERING = [
     Case("float32", "contiguous", 3, "one pass"),
     Case("float32", "channels_last", 3, "gradsq"),
@@ -40,8 +41,7 @@ COVERING = [
 ]
 
 MATRIX = [
-    *((CPU, case) for case in PRODUCT),
-    *((EMULATED, case) for case in PRODUCT),
+    *((target, case) for case in PRODUCT for target in (CPU, EMULATED)),  # in a row: they share the reference's run
     *((INTERPRETED, case) for case in COVERING),
     *((target, case) for target in GPU_TARGETS for case in PRODUCT),
 ]
@@ -49,6 +49,8 @@ MATRIX = [
 
 def _param(target: Target, case: Case) -> object:
     marks = [pytest.mark.gpu] if target in GPU_TARGETS else []
+    if case not in COVERING:
+        marks.append(pytest.mark.slow)
     return pytest.param(target, case, marks=marks, id=f"{target}-{case}")
 
 

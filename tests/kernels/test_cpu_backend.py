@@ -13,6 +13,7 @@ import torch
 
 from ivon_kernels import IVON, available_backends, noise
 from ivon_kernels.backends import cpu
+from tests.support.helpers import slow_but
 from tests.support.matrix import CPU, Case, assert_has_the_bits_of_the_reference
 
 pytestmark = pytest.mark.skipif(
@@ -57,7 +58,7 @@ def test_a_million_normals(level: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["plain", "gradsq"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", slow_but(["float32", "bfloat16", "float16"], "bfloat16"))
 def test_levels_and_threads_give_the_same_bits(level: str, dtype: str, variant: str) -> None:
     for threads in (1, 2, 4):
         torch.set_num_threads(threads)

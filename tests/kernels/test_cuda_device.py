@@ -169,7 +169,10 @@ def test_many_launches_are_as_one(cuda: CudaBackend, limits: tuple[int, int, int
     assert_same(*sides)
 
 
-@pytest.mark.parametrize(("count", "launches"), [(1, 1), (50, 1), (51, 1), (161, 1), (456, 1), (457, 2), (1100, 3)])
+@pytest.mark.parametrize(
+    ("count", "launches"),
+    [(1, 1), (50, 1), (51, 1), (161, 1), (456, 1), (457, 2), pytest.param(1100, 3, marks=pytest.mark.slow)],
+)
 def test_a_launch_holds_hundreds_of_tensors(cuda: CudaBackend, count: int, launches: int) -> None:
     weights = [randn(1 + i % 5) for i in range(count)]
     sides = both(cuda, weights)

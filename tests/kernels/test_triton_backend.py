@@ -12,6 +12,7 @@ from ivon_kernels import noise
 from ivon_kernels.backends import Draw, Guard
 from ivon_kernels.backends.triton import TritonBackend
 from ivon_kernels.backends.triton_launch import Kernel
+from tests.support.helpers import slow_but
 from tests.support.kernel_state import GROUP
 from tests.support.triton_tools import (
     STATE,
@@ -66,7 +67,7 @@ def test_sizes(numel: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grad_dtype", DTYPES)
-@pytest.mark.parametrize("draw_next", [False, True])
+@pytest.mark.parametrize("draw_next", slow_but([False, True], True))
 def test_dtypes(dtype: torch.dtype, grad_dtype: torch.dtype, draw_next: bool) -> None:
     twins = Twins([Spec((132,), dtype, grad_dtype), Spec((5,), dtype, grad_dtype)])
     twins.sample(DRAW)
@@ -87,7 +88,7 @@ PLACES: dict[str, tuple[Place, Place]] = {
 
 
 @pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], torch.bfloat16))
 def test_layouts(places: tuple[Place, Place], dtype: torch.dtype) -> None:
     specs = [Spec(shape, dtype, place=places[0], grad_place=places[1]) for shape in ((6, 8, 4), (3, 5, 7))]
     twins = Twins(specs)
@@ -210,7 +211,7 @@ def _skipping(dtype: torch.dtype = torch.float32) -> tuple[Twins, list[torch.Ten
     return twins, [tensor.clone() for tensor in twins.triton.state()]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", slow_but(DTYPES, torch.float32))
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_check_finds_the_first(dtype: torch.dtype, value: float) -> None:
     twins = Twins([Spec((132,), dtype), Spec((5,), dtype), Spec((300,), dtype), Spec((300,), dtype)])

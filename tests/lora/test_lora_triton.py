@@ -50,7 +50,7 @@ def test_accuracy(case: Case) -> None:
 
 
 @pytest.mark.parametrize(("x", "weights"), [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)], ids=str)
-@pytest.mark.parametrize(("d_in", "rank"), [(16, 8), (21, 5)])
+@pytest.mark.parametrize(("d_in", "rank"), [pytest.param(16, 8, marks=pytest.mark.slow), (21, 5)])
 def test_weights_have_the_bits_of_the_reference(x: torch.dtype, weights: torch.dtype, d_in: int, rank: int) -> None:
     case = of_dtypes(x, weights, weights, x, Case(samples=(65535, 0), d_in=d_in, d_out=24, rank=rank))
     assert_same_weights(case, lora_samples_)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_kernels import IVON
-from tests.support.helpers import assert_same, bowl, flat, parameters, relative_error, snapshot, train
+from tests.support.helpers import assert_same, bowl, flat, parameters, relative_error, slow_but, snapshot, train
 from tests.support.known_curvature import NOISE_ONLY, expected_hessian, hessian_tolerance, initial_weights, quadratic
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta2": 0.99, "seed": 5}
@@ -230,7 +230,7 @@ def test_the_hessian_is_right_in_every_precision(backend: str, modes: bool, prec
     assert hess == pytest.approx(expected_hessian(taken), abs=hessian_tolerance())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16, torch.float16], torch.bfloat16))
 def test_updates_below_the_resolution_of_the_weights_add_up(backend: str, dtype: torch.dtype) -> None:
     """Steps of 1/32 of the distance between bfloat16 numbers (1/4 for float16), which a rounded weight would lose."""
     steps, move = 100, 2.0**-12

@@ -13,11 +13,12 @@ from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.support.events import Events, happen
+from tests.support.helpers import slow_but
 
 OPTIMIZERS, THREADS, EVENTS = 20, 4, 10_000
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", slow_but(["cpu", "reference"], "cpu"))
 def test_any_order_of_events(backend: str) -> None:
     class Machine(Events):
         pass

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ivon_kernels import IVON, available_backends
-from tests.support.helpers import train
+from tests.support.helpers import slow_but, train
 
 # The backends have the same bits, which tests/kernels shows: one of them learns, and plain PyTorch would take 20 times
 # as long for its noise.
@@ -36,7 +36,7 @@ def stationary_variance(rate: float, beta1: float, curvature: float, sigma: floa
     return float(covariance[1, 1])
 
 
-@pytest.mark.parametrize("curvature", [0.2, 4.0])
+@pytest.mark.parametrize("curvature", slow_but([0.2, 4.0], 4.0))
 @pytest.mark.parametrize("hess_approx", ["price", "gradsq"])
 def test_a_quadratic_of_known_curvature(hess_approx: str, curvature: float) -> None:
     beta1, beta2, steps, hess_init = 0.9, 0.99, 1000, 1.0
@@ -75,6 +75,7 @@ def test_a_quadratic_of_known_curvature(hess_approx: str, curvature: float) -> N
     assert 0.7 < float(hess.var()) / (0.5 * (1 - beta2) * variance) < 1.5 or hess_approx == "gradsq"
 
 
+@pytest.mark.slow
 def test_linear_regression() -> None:
     """A dense Hessian: each diagonal entry within five standard errors, the weights at the solution."""
     generator = torch.Generator().manual_seed(1)

@@ -95,6 +95,7 @@ def backward(params: list[nn.Parameter], key: int) -> None:
         (gradient(p, (key, i)) * p).sum().backward()
 
 
+@pytest.mark.slow
 @per_backend
 @given(groups=models(), samples=st.lists(st.integers(1, 3), min_size=1, max_size=4), zero=st.booleans())
 def test_contexts_and_modes_agree(backend: str, groups: list[dict[str, Any]], samples: list[int], zero: bool) -> None:
@@ -122,6 +123,7 @@ def test_contexts_and_modes_agree(backend: str, groups: list[dict[str, Any]], sa
         assert_same(snapshot(contexts), snapshot(modes))
 
 
+@pytest.mark.slow
 @per_backend
 @given(groups=models(), steps=st.integers(0, 3), inside=st.booleans())
 def test_a_saved_state_comes_back_exactly(backend: str, groups: list[dict[str, Any]], steps: int, inside: bool) -> None:

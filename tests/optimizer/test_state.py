@@ -23,6 +23,7 @@ from tests.support.helpers import (
     flat,
     parameters,
     put,
+    slow_but,
     snapshot,
     state,
     through_file,
@@ -45,7 +46,7 @@ WAYS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", slow_but(WAYS, "the dict itself", "weights_only file"))
 @pytest.mark.parametrize("weights_first", [True, False])
 def test_resume_is_exact(backend: str, way: str, dtype: torch.dtype, weights_first: bool) -> None:
     optimizer, params = two_groups(backend, dtype, mc_samples=2)

@@ -377,6 +377,7 @@ def curvature_is_right(first: Rank, second: Rank) -> None:
         assert right or "average" in rank.refusal, "the Hessian is divided by the world size"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sync", "check", "message"),
     [(False, ranks_agree, "the ranks diverge"), (True, curvature_is_right, "the Hessian is divided by the world size")],

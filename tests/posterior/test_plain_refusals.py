@@ -100,6 +100,7 @@ for call in (
 """
 
 
+@pytest.mark.slow
 def test_a_missing_extra_ends_in_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", HIDDEN, str(tmp_path / "page")], capture_output=True, text=True, check=True

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from ivon_kernels import available_backends
 from ivon_kernels.__main__ import main
 
 
@@ -19,6 +20,13 @@ def test_what_it_does_not_know_ends_in_one_sentence(arguments: list[str], capsys
     assert said.err == f"Error: python -m ivon_kernels takes no arguments, got {' '.join(arguments)}\n"
 
 
+def test_the_table_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    said = capsys.readouterr()
+    assert said.err == "" and all(f"\n{name} " in said.out for name in available_backends())
+
+
+@pytest.mark.slow
 def test_the_command_itself() -> None:
     wrong = subprocess.run([sys.executable, "-m", "ivon_kernels", "nonsense"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1

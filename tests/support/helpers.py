@@ -6,10 +6,11 @@ import contextlib
 import functools
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,11 @@ Loss = Callable[[Sequence[Tensor], int], Tensor]
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 0.01}
 """Settings under which everything moves visibly within a few steps."""
+
+
+def slow_but(values: Iterable[Any], *daily: Any) -> list[Any]:
+    """The values of a parameter, of which daily work (``-m "not slow"``) runs those that are named here alone."""
+    return [value if value in daily else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def parameters(*shapes: int | tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
