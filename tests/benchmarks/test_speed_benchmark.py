@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +35,9 @@ def broken(params: Parameters, recipe: Recipe) -> Step:
 
 
 @pytest.fixture(autouse=True)
-def _without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(gc, "unfreeze", lambda: None)  # what the tests' process has imported stays frozen: conftest.py
 
 
 @pytest.fixture
