@@ -123,7 +123,7 @@ def group_scalars(group: dict[str, Any], amp_scale: float, samples: int) -> Step
         one_minus_beta1=1.0 - beta1,
         one_minus_beta2=1.0 - beta2,
         inv_debias=1.0,
-        lr=0.0 if lr_on_device(group) else float(group["lr"]) * _lr_factor(group),
+        lr=0.0 if lr_on_device(group) else float(group["lr"]) * lr_factor(group),
         clip_radius=float(group["clip_radius"]),
         hess_floor=max(-weight_decay * (1.0 - _HESS_MARGIN), _HESS_TINY - weight_decay),
         hess_ceiling=_PRECISION_MAX / max(float(group["ess"]), 1.0),
@@ -143,7 +143,8 @@ def lr_on_device(group: dict[str, Any]) -> bool:
     return bool(group.get("capturable")) and isinstance(group["lr"], Tensor)
 
 
-def _lr_factor(group: dict[str, Any]) -> float:
+def lr_factor(group: Mapping[str, Any]) -> float:
+    """What the learning rate is multiplied by."""
     return float(group["hess_init"]) + float(group["weight_decay"]) if group["rescale_lr"] else 1.0
 
 
@@ -237,7 +238,7 @@ def _pack(group: dict[str, Any], scalars: StepScalars, samples: int) -> bytes:
     return b"".join(
         (
             array("f", (*scalars, 0.0)).tobytes(),
-            array("d", (float(group["beta1"]), _lr_factor(group), float(samples))).tobytes(),
+            array("d", (float(group["beta1"]), lr_factor(group), float(samples))).tobytes(),
             array("q", (_debias_until(group), lr.data_ptr() if lr_on_device(group) else 0)).tobytes(),
         )
     )
