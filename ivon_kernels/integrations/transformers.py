@@ -6,8 +6,9 @@ One line after the trainer was made, whichever it is::
     use_ivon(trainer, lr=0.1, ess=len(data))  # or use_ivon(trainer, num_data=len(data)): the recipe for LoRA
     trainer.train()
 
-which is the same as ``optimizer_cls_and_kwargs=(IVONFactory, {...}), callbacks=[IVONCallback()]`` for trainers that
-take these. ``optimizers=(IVON(...), None)`` works too, with the callback for what the trainer alone gets wrong.
+which is ``optimizer_cls_and_kwargs=(IVONFactory, {...}), callbacks=[IVONCallback()]`` for trainers that take these, and
+what no callback can do. ``optimizers=(IVON(...), None)`` works too, with the callback for what the trainer alone gets
+wrong.
 """
 
 from __future__ import annotations
@@ -24,17 +25,25 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ivon_kernels.integrations.hooks import find_ivon
+from ivon_kernels.integrations.saving import copy_posterior, save_posterior, save_with_posterior
 from ivon_kernels.integrations.state_dict import save_mean
 from ivon_kernels.integrations.unfrozen import sample_unfrozen
+from ivon_kernels.integrations.voice import Voice
 from ivon_kernels.optimizer import IVON
 
 __all__ = ["IVONCallback", "IVONFactory", "ivon_of", "use_ivon"]
 
 _OPTIMIZER_FILE = "optimizer.pt"
+_FORWARDED = ("at_mean", "check", "diagnostics", "mean_of", "posterior", "sampled_params")
+_LOOK_AGAIN = 100  # steps
 
 
 def use_ivon(trainer: Trainer, **options: Any) -> None:
     """Let a trainer train with IVON: :class:`IVONFactory` makes its optimizer, :class:`IVONCallback` looks after it.
+
+    Besides, the callback comes before those that report, so that wandb, TensorBoard and others get its numbers, every
+    save has the posterior beside it, and ``max_grad_norm`` becomes 0 where it was left at its default: clipping the
+    gradients would widen the posterior.
 
     To be called before ``trainer.train()``. The factory runs when training starts, after the trainer has added adapters
     and moved the model, and again for every trial of a hyperparameter search.
@@ -53,7 +62,9 @@ def use_ivon(trainer: Trainer, **options: Any) -> None:
         )
     _check(options)
     trainer.optimizer_cls_and_kwargs = (cast(Any, IVONFactory), options)  # annotated for optimizer classes only
-    trainer.add_callback(IVONCallback())
+    callback = trainer.pop_callback(IVONCallback) or IVONCallback()
+    trainer.callback_handler.callbacks.insert(0, callback)  # what it logs is for those after it
+    callback.serve(trainer)
 
 
 def ivon_of(trainer: Trainer) -> IVON:
@@ -130,16 +141,41 @@ class IVONCallback(TrainerCallback):
     - A step that the GradScaler skipped does not advance the learning rate's schedule.
     - A warning, once, for TrainingArguments that override IVON's settings, are ignored, or spoil its Hessian estimate,
       and for gradients of parameters that the optimizer does not have.
+    - A line at the start says what was chosen, and :meth:`IVON.check` is asked after ten steps and at the end; a loss
+      that has fallen off is said. Each once.
+    - ``ivon/sigma``, ``ivon/snr``, ``ivon/clipped`` and ``ivon/hess`` (:meth:`IVON.glance`) are logged beside the loss.
+      Callbacks that come before this one do not see them: ``use_ivon`` puts it first.
+    - Every save has the posterior beside it; without ``use_ivon`` checkpoints only.
+
+    Args:
+        save_posterior: Whether saves have it. It takes 8 bytes a weight, which is much for a network trained whole; the
+            optimizer's state in a checkpoint holds it too (``Posterior.from_checkpoint``).
     """
 
-    def __init__(self) -> None:
-        self._warned: set[str] = set()
+    def __init__(self, save_posterior: bool = True) -> None:
+        self._save_posterior = save_posterior
+        self._trainer: Trainer | None = None
+        self._notes: list[str] = []
+        self._said: set[str] = set()  # in all runs
+        self._voice: Voice | None = None
+        self._first_step = 0
+        self._strangers = _Strangers()
         self._skipped_steps = 0
+
+    def serve(self, trainer: Trainer) -> None:
+        """Do what needs the trainer itself: see :func:`use_ivon`."""
+        self._trainer = trainer
+        args = trainer.args
+        if args.max_grad_norm == _default(args, "max_grad_norm") and args.max_grad_norm:
+            self._notes = [f"max_grad_norm 0 instead of the default {args.max_grad_norm:g}"]
+            args.max_grad_norm = 0.0
+        if self._save_posterior:
+            save_with_posterior(trainer)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Check the settings and install the hooks.
+        """Check the settings, install the hooks, and say what was chosen.
 
         Raises:
             TypeError: If the Trainer's optimizer is not IVON.
@@ -150,20 +186,69 @@ class IVONCallback(TrainerCallback):
         self._skipped_steps = ivon.skipped_steps
         for advice in (*_advice_on_clipping(args), *_advice_on_overrides(args, ivon)):
             self._warn(advice)
+        _forward(context["optimizer"], ivon)
+        self._first_step = state.global_step
+        self._voice = Voice(
+            ivon,
+            steps=state.max_steps or None,
+            num_data=_count(context.get("train_dataloader")),
+            speaks=state.is_world_process_zero,
+            said=self._said,
+        )
+        self._voice.begin(told=self._told(), notes=self._notes)
+
+    def _told(self) -> float | None:
+        """The number of examples that ``use_ivon`` was given."""
+        asked = None if self._trainer is None else self._trainer.optimizer_cls_and_kwargs
+        return None if asked is None else asked[1].get("num_data")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Look at the run early."""
+        if self._voice is not None:
+            self._voice.step(state.global_step - self._first_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **context: Any,
+    ) -> None:
+        """Add the posterior's numbers to a log of training, for the callbacks after this one and for the history."""
+        if self._voice is None or logs is None or "loss" not in logs or not state.is_world_process_zero:
+            return
+        numbers = self._voice.numbers()
+        logs.update(numbers)
+        if state.log_history:  # which got a copy before
+            state.log_history[-1].update(numbers)
+        self._voice.hear(float(logs["loss"]))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
+        """Write the posterior into a checkpoint, where ``use_ivon`` has not seen to every save."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._save_posterior and self._trainer is None and folder.is_dir():
+            save_posterior(_ivon(context["optimizer"]), context["model"], folder, writes=args.should_save)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
+    ) -> None:
+        """Let a checkpoint that is pushed take its posterior along."""
+        if self._save_posterior:
+            copy_posterior(args, state.global_step)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
         """Say that a gradient goes to nobody, as that of an adapter that the optimizer was not given."""
-        groups = _ivon(context["optimizer"]).param_groups
-        known = {id(param) for group in groups for param in group["params"]}
-        for name, param in context["model"].named_parameters():
-            if param.grad is not None and id(param) not in known:
-                self._warn(
-                    f"{name} has a gradient, but the optimizer does not have it, so it is not trained: freeze it, or "
-                    "give the optimizer all that is to be trained (optimizer.add_param_group)"
-                )
-                return
+        name = self._strangers.with_gradient(context["model"], _ivon(context["optimizer"]))
+        if name is not None:
+            self._warn(
+                f"{name} has a gradient, but the optimizer does not have it, so it is not trained: freeze it, or "
+                "give the optimizer all that is to be trained (optimizer.add_param_group)"
+            )
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -183,6 +268,9 @@ class IVONCallback(TrainerCallback):
         """Take momentum and Hessian back to the best checkpoint, whose weights Trainer has loaded."""
         ivon = _ivon(context["optimizer"])
         ivon.eval()
+        if self._voice is not None:
+            self._voice.end(state.global_step - self._first_step)
+            self._voice = None
         if not args.load_best_model_at_end or state.best_model_checkpoint is None:
             return
         best = Path(state.best_model_checkpoint)
@@ -199,9 +287,47 @@ class IVONCallback(TrainerCallback):
         )
 
     def _warn(self, advice: str) -> None:
-        if advice not in self._warned:
-            self._warned.add(advice)
+        if advice not in self._said:
+            self._said.add(advice)
             warnings.warn(advice, stacklevel=3)
+
+
+class _Strangers:
+    """The parameters of a model that the optimizer does not have, looked up again when its groups change.
+
+    And after a hundred steps, since a model may get new parameters: walking it takes as long as a step of LoRA.
+    """
+
+    def __init__(self) -> None:
+        self._known: tuple[Any, ...] = ()
+        self._params: list[tuple[str, nn.Parameter]] = []
+        self._steps = 0
+
+    def with_gradient(self, model: nn.Module, ivon: IVON) -> str | None:
+        """The name of one that has a gradient."""
+        groups = ivon.param_groups
+        now = (id(model), *((id(group["params"]), len(group["params"])) for group in groups))
+        self._steps += 1
+        if now != self._known or self._steps >= _LOOK_AGAIN:
+            own = {id(param) for group in groups for param in group["params"]}
+            self._params = [(name, param) for name, param in model.named_parameters() if id(param) not in own]
+            self._known, self._steps = now, 0
+        return next((name for name, param in self._params if param.grad is not None), None)
+
+
+def _forward(optimizer: object, ivon: IVON) -> None:
+    """Let ``trainer.optimizer``, Accelerate's wrapper, answer with what is asked of a posterior's optimizer."""
+    if optimizer is not ivon:
+        for name in _FORWARDED:
+            setattr(optimizer, name, getattr(ivon, name))
+
+
+def _count(dataloader: Any) -> int | None:
+    """The examples of a data loader, where they can be counted."""
+    try:
+        return len(dataloader.dataset)
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
 
 
 def _ivon(optimizer: object) -> IVON:

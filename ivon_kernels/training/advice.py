@@ -290,8 +290,8 @@ def _short(facts: _Facts) -> Advice | None:
     reach = step * facts.steps
     return facts.say(
         "movement",
-        f"{facts.steps} steps can move a weight by at most {reach:.2g} (each by lr * clip_radius = {step:.2g}), which "
-        f"is {reach / facts.weights:.1%} of the weights' size ({facts.weights:.2g}): "
+        f"{_steps_in_words(facts.steps)} can move a weight by at most {reach:.2g} (each by lr * clip_radius = "
+        f"{step:.2g}), which is {reach / facts.weights:.1%} of the weights' size ({facts.weights:.2g}): "
         f"{_faster(facts, step, 4 * wanted)}",
     )
 
@@ -315,10 +315,14 @@ def _unmoved(facts: _Facts) -> Advice | None:
     none = f" (clip_radius {clip:g} binds on none)" if unbound else ""
     return facts.say(
         "movement",
-        f"{taken} steps{of} have moved the mean by {moved:.2g}, {moved / facts.weights:.2g} of the weights' "
+        f"{_steps_in_words(taken, of)} moved the mean by {moved:.2g}, {moved / facts.weights:.2g} of the weights' "
         f"size ({facts.weights:.2g}), while sigma is {facts.sigma:.2g}: hardly anything was learned; a step moves a "
         f"weight by about {step:.2g}{none}: {_faster(facts, step, 0.1 * facts.weights)}",
     )
+
+
+def _steps_in_words(steps: int, of: str = "") -> str:
+    return f"{steps} step{'s' if steps > 1 else ''}{of}"
 
 
 def _faster(facts: _Facts, step: float, wanted: float) -> str:
@@ -331,7 +335,7 @@ def _faster(facts: _Facts, step: float, wanted: float) -> str:
     if longer > 1.5 * step:
         remedies.append(f"raise lr from {facts.height:g} to about {facts.height * longer / step:.1g}")
     if wanted > 1.5 * longer * steps:
-        remedies.append(f"train for about {math.ceil(wanted / longer):.1g} steps".replace("e+0", "e"))
+        remedies.append(f"train for about {float(f'{wanted / longer:.1g}'):g} steps")
     return " and ".join(remedies) or f"raise lr from {facts.height:g}, or train for longer"
 
 

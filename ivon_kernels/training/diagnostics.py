@@ -46,12 +46,16 @@ class Elements(NamedTuple):
         return float((self.direction.abs() >= self.clip_radius).double().mean())
 
 
+def _whole_numbers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
 def _positions(sizes: Tensor, offsets: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Every `stride`-th element of parameters that lie at `offsets` in an arena, and whose it is."""
     counts = -(-sizes // stride)
     owner = torch.repeat_interleave(counts)
     first = counts.cumsum(0) - counts
-    return offsets[owner] + (torch.arange(len(owner)) - first[owner]) * stride, owner
+    return offsets[owner] + (torch.arange(len(owner), dtype=torch.int64, device="cpu") - first[owner]) * stride, owner
 
 
 def elements(groups: Sequence[dict[str, Any]], states: Sequence[ParamState], limit: int = _MAX_ELEMENTS) -> Elements:
@@ -69,18 +73,20 @@ def elements(groups: Sequence[dict[str, Any]], states: Sequence[ParamState], lim
     parts: list[tuple[Tensor, ...]] = []
     for arena in arenas:
         inside = [number for number, state in enumerate(states) if state.arena is arena]
-        sizes = torch.tensor([states[number].param.numel() for number in inside])
-        offsets = torch.tensor([arena.offsets[states[number].position] for number in inside])
+        sizes = _whole_numbers([states[number].param.numel() for number in inside])
+        offsets = _whole_numbers([arena.offsets[states[number].position] for number in inside])
         where, owner = _positions(sizes, offsets, stride)
         steps = arena.steps.tolist()
         # Of the last update: the momentum that is there now went into that one.
         debias = [inv_debias(groups[states[n].group], max(steps[states[n].position] - 1, 0)) for n in inside]
         at = where.to(arena.mean.device)
         values = [getattr(arena, key)[at].double().cpu() for key in STATE_KEYS]
-        parts.append((*values, torch.tensor(debias, dtype=torch.float64)[owner], torch.tensor(inside)[owner]))
+        parts.append(
+            (*values, torch.tensor(debias, dtype=torch.float64, device="cpu")[owner], _whole_numbers(inside)[owner])
+        )
     mean, momentum, hess, debias_of, owner = (torch.cat(column) for column in zip(*parts, strict=True))
     scalars = [group_scalars(group, 1.0, 1) for group in groups]
-    group_of = torch.tensor([state.group for state in states])[owner]
+    group_of = _whole_numbers([state.group for state in states])[owner]
     ess, decay, clip, init = _columns(groups, scalars)[:, group_of]
     precision = hess + decay
     return Elements(
@@ -100,19 +106,21 @@ def _columns(groups: Sequence[dict[str, Any]], scalars: list[StepScalars]) -> Te
         (row.ess, row.weight_decay, row.clip_radius, float(group["hess_init"]))
         for group, row in zip(groups, scalars, strict=True)
     ]
-    return torch.tensor(rows, dtype=torch.float64).T
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").T
 
 
 def quantiles(values: Tensor) -> dict[float, float]:
     """The values at `QUANTILES`."""
-    levels = torch.tensor(QUANTILES, dtype=values.dtype)
+    levels = torch.tensor(QUANTILES, dtype=values.dtype, device="cpu")
     return dict(zip(QUANTILES, torch.quantile(values, levels).tolist(), strict=True))
 
 
 def root_mean_square(found: Elements) -> float:
     """The size of the weights: of those tensors that are not all zero, as LoRA's B is at first; nan if all are."""
     squares = found.mean.square()
-    of_each = torch.zeros(int(found.owner.max()) + 1, dtype=torch.float64).index_add_(0, found.owner, squares)
+    of_each = torch.zeros(int(found.owner.max()) + 1, dtype=torch.float64, device="cpu").index_add_(
+        0, found.owner, squares
+    )
     nonzero = of_each[found.owner] > 0
     return math.sqrt(float(squares[nonzero].mean())) if bool(nonzero.any()) else math.nan
 

@@ -37,6 +37,7 @@ from tests.support.helpers import (
 pytestmark = [
     pytest.mark.usefixtures("known_normals"),
     pytest.mark.filterwarnings("ignore:every parameter group has weight_decay=0"),
+    pytest.mark.filterwarnings("ignore::ivon_kernels.training.advice.IVONWarning"),  # any settings at all
 ]
 
 SEED = 11

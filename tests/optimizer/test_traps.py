@@ -247,7 +247,7 @@ def distributed_checkpoint(make: Make) -> None:
 
 def views_of_one_buffer(make: Make) -> None:
     model = nn.Sequential(nn.Linear(500, 500), nn.Linear(10, 4))
-    optimizer = make(model.parameters(), lr=0.1, ess=10.0)
+    optimizer = make(model.parameters(), lr=0.1, ess=1000.0)
     step(optimizer, list(model.parameters()))
     buffer = io.BytesIO()
     torch.save(model[1].state_dict(), buffer)
