@@ -7,13 +7,17 @@ scaler (16-mixed) the last one too.
 
 from __future__ import annotations
 
+import math
 import warnings
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ivon_kernels.integrations.hooks import HookHandle
 from ivon_kernels.integrations.state_dict import save_mean
 from ivon_kernels.integrations.unfrozen import sample_unfrozen
+from ivon_kernels.integrations.voice import Voice
 from ivon_kernels.optimizer import IVON
 from ivon_kernels.training.samples import Closure
 
@@ -35,6 +39,10 @@ class IVONCallback(Callback):
     callbacks that come after this one see the mean, and so does everything after an exception or at the end of
     training. Checkpoints hold the mean whenever they are written, from inside ``training_step`` too.
 
+    A line at the start says what was chosen; :meth:`IVON.check` is asked after ten steps and at the end, and a loss that
+    has fallen off is said, each once. Every ``log_every_n_steps`` steps ``ivon/sigma``, ``ivon/snr``, ``ivon/clipped``
+    and ``ivon/hess`` (:meth:`IVON.glance`) are logged; those of a second optimizer as ``ivon/1/sigma`` and so on.
+
     In manual optimization, call ``optimizer.train()`` before a second step in the same batch; a module that uses
     ``sampled_params(train=True)`` itself needs no callback.
 
@@ -49,6 +57,10 @@ class IVONCallback(Callback):
         self._sizes: list[int] = []  # of the parameter groups that have hooks
         self._still: list[tuple[IVON, Any]] = []  # optimizers that take no step now, and their own step()
         self._unscaled: list[IVON] = []  # optimizers whose gradients the scaler unscales for the time of training
+        self._said: set[str] = set()  # in all runs
+        self._voices: list[Voice] = []
+        self._steps = self._first_step = self._last_seen = 0  # finished ones: now, at the start; Lightning's count
+        self._losses: list[torch.Tensor] = []  # since the last log
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         optimizers = _optimizers(trainer)
@@ -69,6 +81,23 @@ class IVONCallback(Callback):
                 optimizer._step_supports_amp_scaling = False
                 self._unscaled.append(optimizer)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizers = _optimizers(trainer)
+        self._voices = [
+            Voice(
+                optimizer,
+                steps=_planned(trainer, pl_module),
+                num_data=_count(trainer),
+                speaks=trainer.is_global_zero,
+                said=self._said,
+            )
+            for optimizer in optimizers
+        ]
+        self._steps = self._first_step = self._last_seen = trainer.global_step
+        self._losses.clear()
+        for voice in self._voices:
+            voice.begin()
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # StochasticWeightAveraging collects BatchNorm's statistics of the averaged weights in an epoch without steps;
         # Lightning calls step() all the same at its end.
@@ -86,16 +115,41 @@ class IVONCallback(Callback):
     ) -> None:
         self._move_again()
         _restore(trainer)
+        self._speak(trainer, pl_module, outputs)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._move_again()
         _restore(trainer)  # a module whose on_train_batch_start returns -1 gets no on_train_batch_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _restore(trainer)
+        for voice in self._voices:
+            voice.end(self._steps - self._first_step)
         self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._finish(trainer)
+
+    def _speak(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> None:
+        """Look at the run early, and log at Lightning's steps for that."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            self._losses.append(loss.detach())  # read when they are logged: that waits for the device
+        if trainer.global_step == self._last_seen:
+            return
+        self._last_seen = trainer.global_step
+        self._steps += 1
+        for voice in self._voices:
+            voice.step(self._steps - self._first_step)
+        if not trainer.log_every_n_steps or self._steps % trainer.log_every_n_steps:
+            return
+        for number, voice in enumerate(self._voices):
+            prefix = f"ivon/{number}/" if number else "ivon/"
+            numbers = {name.replace("ivon/", prefix): value for name, value in voice.numbers().items()}
+            pl_module.log_dict(numbers)
+        if self._losses and self._voices:
+            self._voices[0].hear(float(torch.stack(self._losses).float().mean()))
+        self._losses.clear()
 
     def _attach(self, pl_module: LightningModule, optimizers: list[IVON]) -> None:
         """Install the hooks, also for parameters that a callback for finetuning has given to the optimizer since."""
@@ -132,6 +186,8 @@ class IVONCallback(Callback):
             handle.remove()
         self._handles.clear()
         self._sizes.clear()
+        self._voices.clear()
+        self._losses.clear()
 
 
 def _optimizers(trainer: Trainer) -> list[IVON]:
@@ -141,6 +197,22 @@ def _optimizers(trainer: Trainer) -> list[IVON]:
 def _restore(trainer: Trainer) -> None:
     for optimizer in _optimizers(trainer):
         optimizer.eval()
+
+
+def _planned(trainer: Trainer, module: LightningModule) -> int | None:
+    """The optimizer steps of the whole run, where there is one optimizer to count them for."""
+    if not module.automatic_optimization or len(trainer.optimizers) != 1:
+        return None
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if steps > 0 and math.isfinite(steps) else None
+
+
+def _count(trainer: Trainer) -> int | None:
+    """The training examples, where they can be counted."""
+    try:
+        return len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
 
 
 def _run_only(closure: Closure | None = None) -> Any:

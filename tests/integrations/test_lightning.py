@@ -33,6 +33,7 @@ from tests.support.lightning_models import (
 )
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore::ivon_kernels.training.advice.IVONWarning"),  # runs of a few steps
     # Lightning 2.6 asks torch's pytree in a way that torch 2.13 deprecates.
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated"),
     # Advice about worker processes, which toy data do not need.

@@ -31,7 +31,10 @@ from tests.support.tiny_llm import (
 )
 
 # PEFT asks a property that Transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ivon_kernels.training.advice.IVONWarning"),  # runs of a few steps
+]
 
 
 def means_in(folder: str | Path, names: list[str]) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from tests.support.tiny_llm import (
 )
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore::ivon_kernels.training.advice.IVONWarning"),  # runs of a few steps
     # PEFT and TRL use names that Transformers has replaced.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),
