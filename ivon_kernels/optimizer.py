@@ -281,6 +281,11 @@ class IVON(Optimizer):
         """Whether the weights hold a sample now, and not the mean."""
         return self._weights.held is not None
 
+    @property
+    def holds_training_sample(self) -> bool:
+        """Whether the weights hold the sample of the coming step, and not an evaluation sample or the mean."""
+        return self.holds_sample and not self._evaluating
+
     def mean_of(self, param: Tensor) -> Tensor:
         """The mean of a parameter, in its dtype and placement, also while the weights hold a sample.
 
@@ -528,7 +533,7 @@ class IVON(Optimizer):
 
         As :meth:`train` called again, for hooks that do not know whether a step is under way.
         """
-        if self.holds_sample and not self._evaluating and self._parameters.unfrozen:
+        if self.holds_training_sample and self._parameters.unfrozen:
             self._samples.take_in()
 
     @_disable_dynamo

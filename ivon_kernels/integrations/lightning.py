@@ -39,9 +39,9 @@ class IVONCallback(Callback):
     callbacks that come after this one see the mean, and so does everything after an exception or at the end of
     training. Checkpoints hold the mean whenever they are written, from inside ``training_step`` too.
 
-    A line at the start says what was chosen; :meth:`IVON.check` is asked after ten steps and at the end, and a loss that
-    has fallen off is said, each once. Every ``log_every_n_steps`` steps ``ivon/sigma``, ``ivon/snr``, ``ivon/clipped``
-    and ``ivon/hess`` (:meth:`IVON.glance`) are logged; those of a second optimizer as ``ivon/1/sigma`` and so on.
+    A line at the start says what was chosen. :meth:`IVON.check` is asked after ten steps and at the end, and a loss
+    that has fallen off is said, each once. Every ``log_every_n_steps`` steps :meth:`IVON.glance` is logged:
+    ``ivon/sigma``, ``ivon/snr``, ``ivon/clipped`` and ``ivon/hess``, of a second optimizer ``ivon/1/sigma`` and so on.
 
     In manual optimization, call ``optimizer.train()`` before a second step in the same batch; a module that uses
     ``sampled_params(train=True)`` itself needs no callback.

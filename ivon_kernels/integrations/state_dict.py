@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from ivon_kernels.integrations.averages import average_means, collect_at_mean
+from ivon_kernels.integrations.evaluated import warn_under_sample
 from ivon_kernels.integrations.hooks import HookHandle, IVONHook, find_ivon, has_hook, ivon_of_model
 from ivon_kernels.integrations.prompts import prompts_of_mean
 
@@ -51,6 +52,9 @@ def save_mean(model: nn.Module, optimizer: Optimizer) -> HookHandle:
     ``torch.optim.swa_utils`` and ``update_bn(loader, model)`` run at the mean, whatever the weights hold when they are
     called. An average of your own that reads ``model.parameters()`` goes into a ``with optimizer.at_mean():`` block.
 
+    A pass of the model in eval mode and without gradients while the weights hold the sample of the coming step is
+    warned of, once: ``model.eval()`` alone does not bring the mean back.
+
     Hooks are installed on the modules that own a parameter of the optimizer; calling this again adds only those that
     are missing. The model does not keep the optimizer alive, and hooks on a copy of the model do nothing.
 
@@ -76,4 +80,5 @@ def save_mean(model: nn.Module, optimizer: Optimizer) -> HookHandle:
             handles.append(module.register_state_dict_post_hook(put_mean))
             handles.append(module.register_load_state_dict_pre_hook(leave_sample))
     average_means()
-    return HookHandle([*handles, *collect_at_mean(model, ivon, own), *prompts_of_mean(model, ivon)])
+    handles += [*collect_at_mean(model, ivon, own), *warn_under_sample(model, ivon)]
+    return HookHandle([*handles, *prompts_of_mean(model, ivon)])

@@ -333,10 +333,18 @@ def _faster(facts: _Facts, step: float, wanted: float) -> str:
     longer = min(GOOD_STEP * facts.weights, max(step, wanted / steps))
     remedies = []
     if longer > 1.5 * step:
-        remedies.append(f"raise lr from {facts.height:g} to about {facts.height * longer / step:.1g}")
+        remedies.append(f"raise {_rate(facts, longer / step)}")
     if wanted > 1.5 * longer * steps:
         remedies.append(f"train for about {float(f'{wanted / longer:.1g}'):g} steps")
     return " and ".join(remedies) or f"raise lr from {facts.height:g}, or train for longer"
+
+
+def _rate(facts: _Facts, factor: float) -> str:
+    """Another learning rate, also for who gave AdamW's (`learning_rate`) to be translated."""
+    return (
+        f"lr from {facts.height:g} to about {facts.height * factor:.1g} (or the learning_rate that it was made from, "
+        f"{factor:.1g} times)"
+    )
 
 
 def _long_steps(facts: _Facts) -> Advice | None:
@@ -349,8 +357,8 @@ def _long_steps(facts: _Facts) -> Advice | None:
     return facts.say(
         "step",
         f"a step moves a weight by about {step:.2g}, {step / facts.weights:.0%} of the weights' size "
-        f"({facts.weights:.2g}), and training breaks off somewhere above 5%: lower lr from {facts.height:g} to about "
-        f"{facts.height * GOOD_STEP * facts.weights / step:.1g}",
+        f"({facts.weights:.2g}), and training breaks off somewhere above 5%: lower "
+        f"{_rate(facts, GOOD_STEP * facts.weights / step)}",
     )
 
 

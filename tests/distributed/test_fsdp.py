@@ -28,6 +28,7 @@ from tests.support.fsdp_training import (
     partial_gradient,
     plain,
     sample_after_evaluation,
+    saved_beside_the_model,
     scaled,
     swapped,
     trained,
@@ -201,6 +202,14 @@ def test_a_plain_optimizers_state_dict_is_cut_into_shards(ranks: Ranks) -> None:
 def test_a_save_under_a_sample_writes_the_mean(ranks: Ranks, when: str) -> None:
     for mean, found in ranks.run(2, saved_under_a_sample, "cpu", when):
         assert_same(mean, found)
+
+
+def test_the_posterior_beside_a_saved_model_is_gathered(ranks: Ranks, tmp_path: Path) -> None:
+    from ivon_kernels.posterior import Posterior
+
+    found = ranks.run(2, saved_beside_the_model, str(tmp_path))[0]
+    saved = Posterior.load(tmp_path)
+    assert all(torch.equal(saved[name].mean, found[f"{name}.mean"]) for name in saved) and len(saved) == 6
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

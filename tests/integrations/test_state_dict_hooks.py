@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from ivon_kernels import IVON
 from ivon_kernels.integrations.state_dict import find_ivon, save_mean
+from ivon_kernels.training.advice import IVONWarning
 from tests.support.helpers import OPTIONS
 
 
@@ -256,6 +257,29 @@ def test_distributed_checkpoint_reads_the_mean() -> None:
     mean = copied(get_model_state_dict(model))
     optimizer.train()
     assert_equal(copied(get_model_state_dict(model)), mean)
+
+
+def test_model_eval_alone_is_warned_of_once_where_the_sample_is_in_the_weights() -> None:
+    model = Tied()
+    optimizer = build(model, sample_in_step=True)
+    save_mean(model, optimizer)
+    optimizer.train()
+    backward(model)
+    optimizer.step()  # leaves the next sample there
+    model.eval()
+    model(torch.arange(5))  # with gradients: dropout and BatchNorm may be switched off in training
+    with torch.no_grad():
+        with optimizer.sampled_params():  # an evaluation sample is meant
+            model(torch.arange(5))
+        with pytest.warns(IVONWarning, match=r"call optimizer.eval\(\) beside model.eval\(\)"):
+            model(torch.arange(5))
+        model(torch.arange(5))  # and not again
+        optimizer.eval()
+        optimizer.advised.clear()
+        model(torch.arange(5))
+        model.train()
+        optimizer.train()
+        model(torch.arange(5))  # a generation in train mode is the user's own choice
 
 
 def test_the_wrong_optimizer_is_refused() -> None:

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from ivon_kernels import IVON
 from ivon_kernels.integrations.transformers import IVONCallback, ivon_of
+from ivon_kernels.training.advice import IVONWarning
 from tests.support.helpers import assert_same, slow_but, snapshot
 from tests.support.tiny_llm import (
     IVON_OPTIONS,
@@ -263,6 +264,7 @@ def test_if_the_last_model_is_the_best_nothing_is_missing(tmp_path: Path) -> Non
     trainer.args.greater_is_better = False
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("ignore", IVONWarning)
         trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
     assert {int(state["step"]) for state in ivon_of(trainer).state.values()} == {4}

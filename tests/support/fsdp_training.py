@@ -352,3 +352,16 @@ def posterior_of_shards(kind: str) -> tuple[dict[str, Tensor], ...]:
     posterior.pruned(0.5).copy_mean_to(model)
     pruned = {name: whole(param) for name, param in posterior.parameters_of(model).items()}
     return posterior.mean, hess, posterior.draw(5), held, outputs, pruned
+
+
+def saved_beside_the_model(folder: str) -> dict[str, Tensor]:
+    """All ranks call it, the first one writes. Returns the mean."""
+    from ivon_kernels.integrations.saving import save_posterior  # transformers, which the other tests need not wait for
+
+    model = build()
+    shard(model, "FSDP2")
+    optimizer = IVON(model.named_parameters(), **OPTIONS)
+    steps(model, optimizer, 2)
+    save_posterior(optimizer, model, folder, writes=dist.get_rank() == 0)
+    dist.barrier()
+    return everything(model, optimizer)
