@@ -67,7 +67,8 @@ class IVON(Optimizer):
         ess: Effective sample size lambda: for a loss averaged over N examples, N gives the Bayes posterior, more a
             colder one.
         hess_init: Initial Hessian estimate ``h``.
-        beta1: Decay of the gradient momentum.
+        beta1: Decay of the gradient momentum. It is no "momentum" that a schedule could cycle:
+            ``OneCycleLR(..., cycle_momentum=False)``.
         beta2: Decay of the Hessian estimate.
         weight_decay: ``d``, the prior precision divided by ess.
         mc_samples: Samples that ``step(closure)`` draws. Loops decide themselves how many blocks they run.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import ivon
@@ -15,6 +16,8 @@ from ivon_kernels import IVON, available_backends, noise
 from tests.support.helpers import Equations, assert_same, bowl, flat, parameters, relative_error, snapshot, train
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 0.01, "seed": 3}
+
+INTEGRATIONS = Path(__file__).parents[2] / "docs" / "integrations.md"
 
 
 def fresh(backend: str | None = None, **options: Any) -> tuple[IVON, list[nn.Parameter]]:
@@ -203,11 +206,21 @@ def test_schedulers(backend: str, name: str) -> None:
     assert_same(snapshot(other), snapshot(optimizer))
 
 
-def test_one_cycle_with_momentum_is_refused_by_torch() -> None:
-    """It would cycle a "momentum" or "betas" that IVON does not have; torch says so before anything changes."""
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=10),
+        lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.1, 0.2),
+    ],
+    ids=["OneCycleLR", "CyclicLR"],
+)
+def test_a_cycled_momentum_is_refused_by_torch_and_the_remedy_is_documented(make: Any) -> None:
+    """They look for "momentum" or "betas" among the defaults, which IVON lacks: torch's error names the option."""
     optimizer, params = fresh()
-    with pytest.raises(ValueError, match="momentum"):
-        torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=10)
+    with pytest.raises(ValueError, match="cycle_momentum") as refused:
+        make(optimizer)
+    (row,) = (line for line in INTEGRATIONS.read_text().splitlines() if str(refused.value) in line)
+    assert "`cycle_momentum=False`" in row
     train(optimizer, params, 1)
 
 
