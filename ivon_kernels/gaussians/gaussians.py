@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ivon_kernels.facts import as_html, as_line
 from ivon_kernels.gaussians import dials, names
 from ivon_kernels.gaussians.adapters import NO_ORIGIN, Layers, Origin, origin_of, own_adapter
 from ivon_kernels.gaussians.gaussian import Gaussian
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["Gaussians"]
+
+_GLANCE = 2**16  # elements that a repr looks at
 
 
 class Gaussians(Mapping[str, Gaussian]):
@@ -92,9 +95,31 @@ class Gaussians(Mapping[str, Gaussian]):
         return len(self._gaussians)
 
     def __repr__(self) -> str:
-        """Sizes and settings."""
-        ess = sorted({gaussian.ess for gaussian in self.values()})
-        return f"{type(self).__name__}({len(self)} tensors, {self.numel:,} weights, ess {ess}, seed {self.seed})"
+        """Adapter, sizes, sigma and settings."""
+        return as_line(type(self).__name__, self._facts())
+
+    def _repr_html_(self) -> str:
+        return as_html(type(self).__name__, self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        facts = {} if self.origin.adapter is None else {"adapter": self.origin.adapter}
+        facts |= {"tensors": str(len(self)), "weights": f"{self.numel:,}"}
+        if self.numel:
+            low, median, high = self._sigma_quantiles()
+            facts["sigma"] = f"{median:.3g} (90% from {low:.3g} to {high:.3g})"
+            facts["ess"] = ", ".join(f"{ess:.4g}" for ess in sorted({gaussian.ess for gaussian in self.values()}))
+        return {**facts, "seed": str(self.seed)}
+
+    def _sigma_quantiles(self) -> list[float]:
+        """The 5%, 50% and 95% quantiles, of every so many elements where there are too many for a glance."""
+        stride = -(-self.numel // _GLANCE)
+        parts = [
+            replace(gaussian, mean=gaussian.mean.flatten()[::stride], hess=gaussian.hess.flatten()[::stride])
+            for gaussian in self.values()
+        ]
+        levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+        found: list[float] = torch.quantile(torch.cat([part.sigma.double().cpu() for part in parts]), levels).tolist()
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are placed in models of their own."""

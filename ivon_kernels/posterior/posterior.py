@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ivon_kernels.gaussians.adapters import NO_ORIGIN, Origin
 from ivon_kernels.gaussians.gaussian import Gaussian
@@ -15,6 +15,7 @@ from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.noise import check_sample
 from ivon_kernels.posterior import checkpoints, file, hub
 from ivon_kernels.predict import generation, prediction
+from ivon_kernels.report import page
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,6 +69,33 @@ class Posterior(Gaussians):
     predict = prediction.predict
     generate = generation.generate
     generate_averaged = generation.generate_averaged
+
+    def report(
+        self,
+        folder: str | Path,
+        predictions: prediction.Prediction | Mapping[str, prediction.Prediction],
+        labels: Tensor | None = None,
+        *,
+        votes: Tensor | None = None,
+        title: str = page.TITLE,
+    ) -> Path:
+        """Write a page about predictions and this posterior: :func:`ivon_kernels.posterior.report`.
+
+        Args:
+            folder: Where to write; made if it is not there.
+            predictions: One, or several of the same examples by name.
+            labels: int ``[N]``, the right classes; None takes those of the predictions.
+            votes: ``[N, C]``, how many people chose each class of each example.
+            title: Heading of the page.
+
+        Returns:
+            The page, ``report.md`` in the folder.
+
+        Raises:
+            TypeError, ValueError, ModuleNotFoundError: As there.
+        """
+        named = {"prediction": predictions} if isinstance(predictions, prediction.Prediction) else predictions
+        return page.report(folder, named, labels, self, votes=votes, title=title)
 
     # ---- from and to files -------------------------------------------------------------------------------------------
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ivon_kernels.facts import as_html, as_line
 from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.lora import CannotStackError
 from ivon_kernels.predict.batches import Labelled, batches_of, cut, sample_numbers, split_labels, to_device
+from ivon_kernels.predict.metrics import Scores, evaluate
 from ivon_kernels.predict.passes import Sampler, device_of, evaluating
 from ivon_kernels.predict.scoring import Score, class_logits
 from ivon_kernels.predict.temperature import fit_temperature, scale
@@ -21,7 +23,11 @@ from ivon_kernels.predict.temperature import fit_temperature, scale
 __all__ = ["PredictOptions", "Prediction", "entropy_of", "predict"]
 
 
-@dataclass(frozen=True)
+IGNORED = -100
+"""The label of an example that has none, as in torch's losses."""
+
+
+@dataclass(frozen=True, repr=False)
 class Prediction:
     """Class probabilities of ``N`` examples, averaged over ``S`` samples of the posterior; tensors on the CPU.
 
@@ -39,7 +45,7 @@ class Prediction:
         expected_entropy: Average over the samples of the entropy of each, in nats, float64 ``[N]``.
         mutual_information: Of the answer and the weights, in nats, float64 ``[N]``, from 0 to ``log S``. It is the
             difference of the two above; where rounding makes that negative (by some 1e-16), it is 0.
-        labels: The right classes, int64 ``[N]``, where the batches had them.
+        labels: The right classes, int64 ``[N]``, where the batches had them; -100 for an example without one.
         sample_probabilities: float64 ``[S, N, C]``, where they were asked for.
     """
 
@@ -83,19 +89,47 @@ class Prediction:
         """The probability of the most probable class, float64 ``[N]``."""
         return self.probabilities.amax(1)
 
+    def scores(self, labels: Tensor | None = None, *, votes: Tensor | None = None) -> Scores:
+        """How good the probabilities are: :func:`.evaluate`.
+
+        Args:
+            labels: The right classes, integers ``[N]``; None where the batches had them. Examples whose label is -100,
+                as torch's losses ignore it, are left out.
+            votes: ``[N, C]``, how many people chose each class of each example.
+
+        Raises:
+            ValueError: If there are no labels, or they do not fit.
+            ModuleNotFoundError: If the extra `report` is not installed.
+        """
+        labels, known = self._right(labels, "scores compare with")
+        if votes is not None and not known.all():
+            votes = votes[known]
+        return evaluate(self.probabilities[known], labels[known], votes)
+
     def fit_temperature(self, labels: Tensor | None = None) -> float:
         """The temperature for :meth:`scaled`, of a prediction of a validation split: :func:`.fit_temperature`.
 
         Args:
-            labels: The right classes, integers ``[N]``; None where the batches had them.
+            labels: As for :meth:`scores`.
 
         Raises:
             ValueError: If there are no labels, or they do not fit.
         """
+        labels, known = self._right(labels, "a temperature is fitted to")
+        return fit_temperature(self.probabilities[known].log(), labels[known])
+
+    def _right(self, labels: Tensor | None, what: str) -> tuple[Tensor, Tensor]:
+        """The right classes on the CPU, and which examples have one, bool ``[N]``."""
         labels = self.labels if labels is None else labels
         if labels is None:
-            raise ValueError("a temperature is fitted to the right classes: give labels, or batches that hold them")
-        return fit_temperature(self.probabilities.log(), labels)
+            raise ValueError(f"{what} the right classes: give labels, or batches that hold them")
+        labels = labels.cpu()
+        if labels.shape != (len(self),):
+            raise ValueError(f"labels must be one class for each of the {len(self)} examples, got {list(labels.shape)}")
+        known = labels != IGNORED
+        if not known.any():
+            raise ValueError(f"{what} the right classes: every label is {IGNORED}, which stands for none")
+        return labels, known
 
     def scaled(self, temperature: float) -> Tensor:
         """The averaged probabilities under temperature scaling, float64 ``[N, C]``: :func:`.scale`.
@@ -110,6 +144,24 @@ class Prediction:
 
     def __len__(self) -> int:
         return len(self.probabilities)
+
+    def __repr__(self) -> str:
+        """Sizes, the parts of the entropy, and the accuracy where it is known."""
+        return as_line(type(self).__name__, self._facts())
+
+    def _repr_html_(self) -> str:
+        return as_html(type(self).__name__, self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        facts = {
+            "examples": str(len(self)),
+            "classes": str(self.probabilities.shape[-1]),
+            "entropy": f"{self.entropy.mean():.3g} nats",
+            "mutual information": f"{self.mutual_information.mean():.3g} nats",
+        }
+        if self.labels is not None and (known := self.labels != IGNORED).any():
+            facts["accuracy"] = f"{(self.predicted == self.labels)[known].double().mean():.3f}"
+        return facts
 
 
 def entropy_of(probabilities: Tensor) -> Tensor:

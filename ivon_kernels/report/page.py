@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_reliability", "report", "table"]
 
 PAGE = "report.md"
+TITLE = "Predictions of the posterior"
 DPI = 120
 _PANEL = 3.6  # inches
 _COLUMNS = {
@@ -56,7 +57,7 @@ def report(
     posterior: Mapping[str, Gaussian] | None = None,
     *,
     votes: Tensor | None = None,
-    title: str = "Predictions of the posterior",
+    title: str = TITLE,
 ) -> Path:
     """Write a Markdown page with the scores of predictions, and the pictures that it shows.
 
