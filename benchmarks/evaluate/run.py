@@ -125,8 +125,10 @@ class Evaluation:
     def _judge(self, name: str, methods: dict[str, tuple[Posterior, int]]) -> None:
         """Judges every method on one domain; prints its table and writes its page."""
         examples = self._encode(self.examples[name], name, len(methods))
+        # Without advice on samples that agree: the table has the mutual information, and a row for the mean.
+        options: dict[str, Any] = {"score": self._score, "progress": False, "advise": False}
         predictions = {
-            title: predict(posterior, self.model, examples, samples=samples, score=self._score, progress=False)
+            title: predict(posterior, self.model, examples, samples=samples, **options)
             for title, (posterior, samples) in methods.items()
         }
         labels, votes, shift = examples.labels, examples.votes, name != self.task.name

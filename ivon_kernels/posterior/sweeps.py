@@ -167,7 +167,8 @@ def _sweep(
     scores = []
     hidden = None if progress is None else not progress  # None: hidden where there is no terminal
     for value in tqdm(dial.values, desc=dial.name, unit="value", disable=hidden, leave=False):
-        prediction = predict(dial.turned(value), model, inputs, progress=False, **options)
+        # Without advice: the samples of a posterior that was cooled for a trial agree as they should.
+        prediction = predict(dial.turned(value), model, inputs, progress=False, advise=False, **options)
         right = prediction.labels if labels is None else labels
         if right is None:
             raise ValueError("a sweep needs labels: in the batches, or as an argument")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
@@ -25,6 +26,10 @@ __all__ = ["PredictOptions", "Prediction", "entropy_of", "predict"]
 
 IGNORED = -100
 """The label of an example that has none, as in torch's losses."""
+
+_AGREEMENT = 0.01  # of the entropy: what samples that agree disagree about at most
+_ENOUGH = 20  # examples to say so of
+_said = False  # once in a process is enough
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,6 +199,7 @@ def predict(
     progress: bool | None = None,
     device: torch.device | str | None = None,
     adapter: str | None = None,
+    advise: bool = True,
 ) -> Prediction:
     """Average the class probabilities of `inputs` over samples of the posterior.
 
@@ -209,7 +215,7 @@ def predict(
             is a tensor, a mapping of tensors, or a tuple or list ``(inputs, labels)``; ``labels`` in a mapping are the
             right classes too, ``[rows]``, and are not given to the model.
         samples: How many (samples 0, 1, ... of the posterior: the same numbers give the same samples anywhere), or the
-            numbers of the samples; 0 predicts at the mean.
+            numbers of the samples; 0 is one pass at the mean.
         score: ``score(model, batch)`` gives the logits ``[rows, classes]`` of a batch without its labels. The default
             is for classification models; see :func:`~ivon_kernels.posterior.next_token` and
             :func:`~ivon_kernels.posterior.choices` for language models.
@@ -221,6 +227,8 @@ def predict(
         progress: Whether to show a progress bar over the batches; None does in a terminal, if there are several.
         device: Where the batches go; None is where the model's first parameter is.
         adapter: The PEFT adapter that has the posterior's weights; None: its own, else the active one.
+        advise: Whether to warn, once in a process, where several samples agree so well that one pass at the mean would
+            do: their mutual information is below 1% of the entropy, over at least 20 examples.
 
     Returns:
         The probabilities, in the order of `inputs`, and the parts of their uncertainty.
@@ -246,7 +254,24 @@ def predict(
                 run = functools.partial(_predict_piece, sampler, score, numbers, piece, keep_samples)
                 parts.append(sampler.attempt(run))
             bar.update()
-    return _joined(parts)
+    found = _joined(parts)
+    if advise and len(numbers) > 1 and len(found) >= _ENOUGH:
+        _say_if_samples_agree(found, len(numbers))
+    return found
+
+
+def _say_if_samples_agree(found: Prediction, samples: int) -> None:
+    global _said
+    entropy, disagreement = found.entropy.mean().item(), found.mutual_information.mean().item()
+    if _said or not disagreement < _AGREEMENT * entropy:
+        return
+    _said = True
+    warnings.warn(
+        f"{samples} samples agree to {disagreement:.2g} of {entropy:.2g} nats: one pass at the mean (samples=0) is as "
+        "good. For samples that disagree train with a larger sigma or a smaller ess, or predict with "
+        "posterior.tempered(0.1), whose variances are ten times as large.",
+        stacklevel=3,
+    )
 
 
 class _Part(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ivon_kernels import IVON, lora
-from ivon_kernels.posterior import Gaussians, Posterior, Prediction, generate, generate_averaged, next_token, predict
+from ivon_kernels.posterior import (
+    Gaussians,
+    Posterior,
+    Prediction,
+    generate,
+    generate_averaged,
+    next_token,
+    predict,
+    sweep_temperature,
+)
 from ivon_kernels.predict import prediction
 from tests.support.elsewhere import drawn_and_predicted
 from tests.support.posterior_models import ROUNDING, Trained, features, tokens, train, trained_classifier, trained_llama
@@ -346,6 +356,39 @@ def test_known_entropies() -> None:
     logits = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = Prediction.from_samples(logits.softmax(1).expand(3, 200, 5))  # half of the differences round below 0
     assert found.mutual_information.min() >= 0 and found.mutual_information.max() < 1e-14
+
+
+@pytest.fixture
+def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "_said", False)
+
+
+@pytest.mark.usefixtures("unsaid")
+def test_samples_that_agree_are_spoken_of_once(mlp: Trained) -> None:
+    x, _ = features(40)
+    cold = mlp.posterior.tempered(1e6)
+    found = predict(cold, mlp.model, x[:20], samples=3, advise=False)
+    entropy, disagreement = found.entropy.mean(), found.mutual_information.mean()
+    assert 0 < disagreement < 0.01 * entropy
+    sentence = f"3 samples agree to {disagreement:.2g} of {entropy:.2g} nats: one pass at the mean (samples=0)"
+    with pytest.warns(UserWarning, match=re.escape(sentence)) as said:
+        predict(cold, mlp.model, x[:20], samples=3)
+    assert [warning.filename for warning in said] == [__file__]
+    predict(cold, mlp.model, x, samples=3)  # not again: the tests make errors of warnings
+
+
+@pytest.mark.usefixtures("unsaid")
+def test_nothing_is_said_of_samples_that_disagree_nor_of_few_examples_or_one_sample(mlp: Trained) -> None:
+    x, y = features(40)
+    found = predict(mlp.posterior, mlp.model, x, samples=3)
+    assert found.mutual_information.mean() > 0.01 * found.entropy.mean()
+    cold = mlp.posterior.tempered(1e6)
+    predict(cold, mlp.model, x[:19], samples=3)
+    predict(cold, mlp.model, x, samples=1)
+    predict(cold, mlp.model, x, samples=0)
+    sweep_temperature(mlp.posterior, mlp.model, (x, y), temperatures=[1e6], samples=3)
+    with pytest.warns(UserWarning, match="3 samples agree"):  # none of these was the one time
+        predict(cold, mlp.model, x, samples=3)
 
 
 # ---- elsewhere ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def test_temperatures_are_scored_as_predictions(mlp: Trained) -> None:
     scores = []
     for temperature in (4.0, 0.1, 1.0):
         # Of the same batches: a product of 40 rows is rounded otherwise than products of 30 and 10.
-        prediction = predict(mlp.posterior.tempered(temperature), mlp.model, batches, samples=3)
+        prediction = predict(mlp.posterior.tempered(temperature), mlp.model, batches, samples=3, advise=False)
         scores.append(evaluate(prediction.probabilities, y))
     assert found.values == (4.0, 0.1, 1.0) and found.dial == "temperature" and found.criterion == "nll"
     assert found.scores == tuple(scores)

@@ -54,7 +54,7 @@ def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samp
         return job.scorer.logits(inputs["input_ids"], inputs["last"])
 
     found = posterior.predict(
-        job.model, inputs(), samples=samples, score=score, keep_samples=True, progress=False
+        job.model, inputs(), samples=samples, score=score, keep_samples=True, progress=False, advise=False
     ).sample_probabilities
     assert found is not None
     job.passes += (max(samples, 1) - 1) * len(index)  # one for each is counted already
