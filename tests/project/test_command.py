@@ -17,7 +17,8 @@ def test_what_it_does_not_know_ends_in_one_sentence(arguments: list[str], capsys
         main(arguments)
     said = capsys.readouterr()
     assert ended.value.code == 2 and said.out == ""
-    assert said.err == f"Error: python -m ivon_kernels takes no arguments, got {' '.join(arguments)}\n"
+    assert said.err.startswith("Error: python -m ivon_kernels: ") and arguments[0] in said.err
+    assert said.err.count("\n") == 1
 
 
 def test_the_table_names_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,4 +38,5 @@ def test_the_command_itself() -> None:
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
-    assert ended.value.code == 0 and "which backends work" in capsys.readouterr().out
+    assert ended.value.code == 0 and "which backends work" in (text := capsys.readouterr().out)
+    assert "demo" in text
