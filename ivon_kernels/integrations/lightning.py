@@ -141,7 +141,8 @@ class IVONCallback(Callback):
         self._steps += 1
         for voice in self._voices:
             voice.step(self._steps - self._first_step)
-        if not trainer.log_every_n_steps or self._steps % trainer.log_every_n_steps:
+        every = int(getattr(trainer, "log_every_n_steps", 0))  # an attribute that Lightning does not declare
+        if not every or self._steps % every:
             return
         for number, voice in enumerate(self._voices):
             prefix = f"ivon/{number}/" if number else "ivon/"

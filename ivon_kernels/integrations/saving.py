@@ -6,15 +6,17 @@ import functools
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from ivon_kernels.integrations.hooks import find_ivon
 from ivon_kernels.optimizer import IVON
 from ivon_kernels.posterior.file import FILE
 from ivon_kernels.sharding import as_dtensor
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 __all__ = ["copy_posterior", "save_posterior", "save_with_posterior"]
 
@@ -32,9 +34,9 @@ def save_with_posterior(trainer: Trainer) -> None:
     @functools.wraps(save)
     def save_model(output_dir: str | None = None, *args: Any, **options: Any) -> None:
         save(output_dir, *args, **options)
-        ivon = find_ivon(trainer.optimizer)
-        if ivon is not None:  # there is none before training
-            save_posterior(ivon, trainer.model, output_dir or trainer.args.output_dir, writes=trainer.args.should_save)
+        ivon, model, folder = find_ivon(trainer.optimizer), trainer.model, output_dir or trainer.args.output_dir
+        if ivon is not None and model is not None and folder is not None:  # there is none before training
+            save_posterior(ivon, model, folder, writes=trainer.args.should_save)
 
     save_model._saves_posterior = True  # type: ignore[attr-defined]
     trainer.save_model = save_model  # type: ignore[method-assign]
@@ -62,6 +64,7 @@ def save_posterior(ivon: IVON, model: nn.Module, folder: str | Path, *, writes: 
 
 def copy_posterior(args: TrainingArguments, step: int) -> None:
     """Before a checkpoint is pushed: to the folder that the trainer uploads, where it copies what it knows only."""
-    saved = Path(args.output_dir) / f"checkpoint-{step}" / FILE
+    folder = Path(args.output_dir or ".")
+    saved = folder / f"checkpoint-{step}" / FILE
     if args.should_save and saved.is_file():
-        shutil.copyfile(saved, Path(args.output_dir) / FILE)
+        shutil.copyfile(saved, folder / FILE)

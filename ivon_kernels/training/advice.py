@@ -276,7 +276,7 @@ def _fell(facts: _Facts) -> Advice | None:
 
 def _movement(facts: _Facts) -> Advice | None:
     """The run ends where it began."""
-    if not facts.weights > 0:
+    if not facts.weights > 0 or not facts.height:  # with a learning rate of 0 nobody wants any
         return None
     return _short(facts) or _unmoved(facts)
 
@@ -329,14 +329,14 @@ def _faster(facts: _Facts, step: float, wanted: float) -> str:
     """How a run comes to go as far as `wanted`: steps of at most 3% of the weights, and as many as that takes."""
     steps = facts.steps or facts.taken
     if step <= 0.0:
-        return f"raise lr from {facts.height:g}"
+        return "its gradients are 0: see whether the loss depends on these parameters"
     longer = min(GOOD_STEP * facts.weights, max(step, wanted / steps))
     remedies = []
     if longer > 1.5 * step:
         remedies.append(f"raise {_rate(facts, longer / step)}")
     if wanted > 1.5 * longer * steps:
         remedies.append(f"train for about {float(f'{wanted / longer:.1g}'):g} steps")
-    return " and ".join(remedies) or f"raise lr from {facts.height:g}, or train for longer"
+    return " and ".join(remedies) or f"raise {_rate(facts, 2.0)}, or train for longer"
 
 
 def _rate(facts: _Facts, factor: float) -> str:

@@ -167,6 +167,20 @@ def test_lr_a_thousand_times_too_small(clipped: bool) -> None:
     assert clipped or early.startswith("10 steps of 60 moved the mean by ")
 
 
+def test_a_learning_rate_of_zero_is_meant() -> None:
+    assert said_of(10, whole=60, lr=0.0, ess=400.0) == []
+
+
+def test_gradients_that_are_zero() -> None:
+    params = parameters(50)
+    optimizer = IVON(params, lr=0.1, ess=400.0, weight_decay=0.0)
+    for _ in range(3):
+        optimizer.train()
+        params[0].grad = torch.zeros(50)
+        optimizer.step()
+    assert "its gradients are 0: see whether the loss depends on these" in only(optimizer.check())
+
+
 def test_a_clip_radius_that_binds_on_none_is_named() -> None:
     sentence = only(said_of(60, lr=1e-4, ess=400.0, clip_radius=10.0))
     assert "(clip_radius 10 binds on none)" in sentence

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ivon_kernels import IVON
+from ivon_kernels.integrations.saving import save_posterior
 from tests.support.cuda_emulator import emulated
 
 OPTIONS: dict[str, Any] = {"lr": 0.1, "ess": 100.0, "hess_init": 0.5, "beta2": 0.99, "weight_decay": 0.01, "seed": 11}
@@ -356,8 +357,6 @@ def posterior_of_shards(kind: str) -> tuple[dict[str, Tensor], ...]:
 
 def saved_beside_the_model(folder: str) -> dict[str, Tensor]:
     """All ranks call it, the first one writes. Returns the mean."""
-    from ivon_kernels.integrations.saving import save_posterior  # transformers, which the other tests need not wait for
-
     model = build()
     shard(model, "FSDP2")
     optimizer = IVON(model.named_parameters(), **OPTIONS)
