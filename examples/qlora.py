@@ -22,8 +22,8 @@ with tempfile.TemporaryDirectory() as folder:  # stands for the name of a pretra
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     tokens = torch.arange(16, device=device)[None]  # text to learn by heart
-    # Frozen parameters are left alone. The published step size is for thousands of steps, that of `steps` for forty.
-    optimizer = IVON.for_lora(model.parameters(), num_data=1000, steps=40, sigma=0.01)
+    # Frozen parameters are left alone.
+    optimizer = IVON.for_lora(model.parameters(), num_data=1000, learning_rate=5e-3, steps=40)
     for _ in range(40):
         optimizer.train()
         loss = model(input_ids=tokens, labels=tokens).loss

@@ -25,10 +25,11 @@ model = LlamaForCausalLM(config)  # a pretrained model here
 data = Dataset.from_dict({"text": ["a b c d e f"] * 16})
 
 with tempfile.TemporaryDirectory() as folder:
-    args = SFTConfig(folder, max_steps=40, max_grad_norm=0, bf16=False, report_to="none", disable_tqdm=True)
+    quiet = {"report_to": "none", "disable_tqdm": True}
+    args = SFTConfig(folder, max_steps=40, learning_rate=2e-2, max_grad_norm=0, bf16=False, **quiet)
     lora = LoraConfig(r=8, target_modules="all-linear")
     trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=lora)
-    use_ivon(trainer, num_data=len(data), lr=20)
+    use_ivon(trainer)
     trainer.train()
 
 prompt = tokenizer("a b c", return_tensors="pt").input_ids

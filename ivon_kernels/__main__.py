@@ -75,7 +75,7 @@ def _print_demo(seeds: int, steps: int, picture: Path) -> None:
     except ModuleNotFoundError as error:
         print(f"No picture: {error}")
     else:
-        print(f"Confidence against accuracy: {picture}")
+        print(f"Confidence against accuracy, all runs together: {picture}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -22,7 +22,7 @@ from ivon_kernels.hyperparameters import OPTIMIZER_KEYS, advice_on_decay
 from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES, check_sample, whole_number
 from ivon_kernels.training import advice, diagnostics, pickling, replicas
 from ivon_kernels.training.parameters import Parameters
-from ivon_kernels.training.recipe import lora_settings
+from ivon_kernels.training.recipe import SETTINGS, Wanted, arrange
 from ivon_kernels.training.samples import Closure, NonFinite, Samples
 from ivon_kernels.training.snapshot import snapshot
 from ivon_kernels.training.update import UNSCALED, Scaling, Update
@@ -177,56 +177,61 @@ class IVON(Optimizer):
     @classmethod
     def for_lora(
         cls,
-        params: ParamsT,
+        params: ParamsT | nn.Module,
         num_data: int,
         *,
+        learning_rate: float | None = None,
         steps: int | None = None,
+        epochs: float | None = None,
         sigma: float | None = None,
+        recipe: Literal["paper"] | None = None,
         lr: float | None = None,
         ess: float | None = None,
         hess_init: float | None = None,
-        weight_decay: float = 1e-6,
-        clip_radius: float = 1e-3,
+        weight_decay: float = 0.0,
+        clip_radius: float | None = None,
         beta1: float = 0.9,
         beta2: float | None = None,
         **options: Any,
     ) -> IVON:
-        """IVON with the recipe published for LoRA (arXiv 2411.04421), or with `sigma` that of this project's studies.
+        """IVON for who knows the learning rate that AdamW would be given, or with the recipe published for LoRA.
+
+        A step moves a weight by ``lr * clip_radius``, which is half of AdamW's learning rate, and of LoRA's weights by
+        at most 0.04 of their size. Sigma follows from the epochs, the size of the weights and how far they can go in
+        the run (docs/recipe.md). What is trained beside LoRA's factors, a new head say, is a parameter group of its own
+        where names tell them apart. The schedule is yours: linear to zero is what the recipe was measured with.
 
         Args:
-            params: The LoRA parameters.
+            params: A model, whose trainable parameters are taken, or parameters as for :class:`IVON`.
             num_data: Training examples. The posterior is never warmer than Bayes': ``ess >= num_data``.
-            steps: Optimizer steps of the whole run, which decide `lr`.
-            sigma: Standard deviation that the noise starts with, ``1 / sqrt(ess * hess_init)``: 0.01 where every
-                example is seen once or twice, 0.06 where it is seen ten times (benchmarks/quality/README.md).
-            lr: None takes the published 0.03, made for 10,000 steps and a linear schedule to zero. A shorter run needs
-                more, because a step moves a weight by at most ``lr * clip_radius``: with `steps` it is
-                ``2 * travel / (clip_radius * steps)``, never below 0.03, so that a weight can go ``travel``, which is
-                0.045 or, if that is more, ``2 * sigma``.
-            ess: None takes the published 1e7, or `num_data` where that is larger; with `sigma` what gives it.
-            hess_init: None takes the published 1e-3; with `sigma` 0.04, or less where `ess` would be below `num_data`.
+            learning_rate: AdamW's for this run; None is 1e-3, torch's default.
+            steps: Optimizer steps of the whole run.
+            epochs: How often each example is seen; None is ``8 * steps / num_data``, of batches of 8.
+            sigma: Standard deviation that the noise of LoRA's weights starts with, ``1 / sqrt(ess * hess_init)``. None
+                is 0.15 of the size of the weights for each of up to ten epochs, and beyond 200 examples goes as one
+                over the root of their number; it is no more than the run can learn against.
+            recipe: ``"paper"`` is the recipe of arXiv 2411.04421, made for 10,000 steps and a linear schedule to zero:
+                lr 0.03, clip_radius 1e-3, beta2 0.99999, and by `ess` one of its three pairs: ess 1e6 with hess_init
+                1e-3 (the default; tasks with four answers), ess 1e7 or 1e8 with 3e-4 (two answers).
+            lr: IVON's own learning rate, instead of AdamW's.
+            ess: None takes what gives sigma.
+            hess_init: None takes 0.04, or less where `ess` would be below `num_data`.
             weight_decay: ``d``.
-            clip_radius: As published.
-            beta1: As published.
-            beta2: None takes the published 0.99999; with `sigma` 0.999, in which the Hessian moves within a short run.
+            clip_radius: None takes 1e-4, so low that it binds on nearly every weight.
+            beta1: Decay of the gradient momentum.
+            beta2: None takes 0.999, or nearer to 1 where sigma is small: the Hessian moves within a short run, but is
+                not driven by its noise.
             **options: Further arguments of :class:`IVON`; the learning rate is not rescaled unless asked for.
 
         Raises:
-            ValueError: If `num_data`, `steps` or `sigma` is not positive, or `sigma` contradicts `ess` and `hess_init`.
+            ValueError: If a number is out of range, or two of them contradict each other.
             TypeError: For an option that IVON does not have.
         """
-        settings = lora_settings(
-            num_data,
-            steps=steps,
-            sigma=sigma,
-            lr=lr,
-            ess=ess,
-            hess_init=hess_init,
-            beta2=beta2,
-            clip_radius=clip_radius,
-        )
-        options = {"rescale_lr": False, **options, **settings._asdict()}
-        return cls(params, beta1=beta1, weight_decay=weight_decay, clip_radius=clip_radius, **options)
+        wanted = Wanted(num_data, learning_rate, steps, epochs, sigma, recipe, lr, ess, hess_init, clip_radius, beta2)
+        groups = arrange(params, wanted)
+        first = {name: groups[0][name] for name in SETTINGS}
+        options = {"rescale_lr": False, **options, **first}
+        return cls(groups, beta1=beta1, weight_decay=weight_decay, **options)
 
     # ---- what it is --------------------------------------------------------------------------------------------------
 

@@ -41,8 +41,8 @@ class Recipe(NamedTuple):
 LARGE_STEPS = Recipe(
     {"lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}, {"lr": 1.0, "ess": 1e6, "hess_init": 1e-2}
 )
-# For a model that shall stay sound: the published recipe, IVON.for_lora, in the terms that ivon-opt has too.
-_PUBLISHED = {"lr": 0.03, "ess": 1e7, "hess_init": 1e-3, "weight_decay": 1e-6, "clip_radius": 1e-3}
+# For a model that shall stay sound: the published recipe for LoRA, in the terms that ivon-opt has too.
+_PUBLISHED = {"lr": 0.03, "ess": 1e6, "hess_init": 1e-3, "weight_decay": 0.0, "clip_radius": 1e-3}
 LORA = Recipe({"lr": 1e-4, "weight_decay": 0.01}, {**_PUBLISHED, "rescale_lr": False})
 
 

@@ -3,7 +3,7 @@
 One line after the trainer was made, whichever it is::
 
     trainer = SFTTrainer(model=model, args=args, train_dataset=data, peft_config=lora)
-    use_ivon(trainer, lr=0.1, ess=len(data))  # or use_ivon(trainer, num_data=len(data)): the recipe for LoRA
+    use_ivon(trainer)  # at TrainingArguments.learning_rate, AdamW's; or use_ivon(trainer, lr=0.1, ess=len(data))
     trainer.train()
 
 which is ``optimizer_cls_and_kwargs=(IVONFactory, {...}), callbacks=[IVONCallback()]`` for trainers that take these, and
@@ -14,8 +14,11 @@ wrong.
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
+import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +44,9 @@ _LOOK_AGAIN = 100  # steps
 def use_ivon(trainer: Trainer, **options: Any) -> None:
     """Let a trainer train with IVON: :class:`IVONFactory` makes its optimizer, :class:`IVONCallback` looks after it.
 
+    Without options it is :meth:`IVON.for_lora` with what the trainer knows: AdamW's learning rate
+    (``TrainingArguments.learning_rate``), the number of steps, of examples, and of times that each is seen.
+
     Besides, the callback comes before those that report, so that wandb, TensorBoard and others get its numbers, every
     save has the posterior beside it, and ``max_grad_norm`` becomes 0 where it was left at its default: clipping the
     gradients would widen the posterior.
@@ -50,7 +56,9 @@ def use_ivon(trainer: Trainer, **options: Any) -> None:
 
     Args:
         trainer: A Trainer, or one of TRL's.
-        **options: As for :class:`IVONFactory`; a mistake in them is noticed here.
+        **options: Arguments of :meth:`IVON.for_lora` that shall not be the trainer's, and further ones of
+            :class:`IVON`. With ``lr`` and ``ess``, and none of the recipe's own, those of :class:`IVON` alone. A
+            mistake in them is noticed here.
 
     Raises:
         ValueError: If the trainer has an optimizer already.
@@ -60,11 +68,13 @@ def use_ivon(trainer: Trainer, **options: Any) -> None:
         raise ValueError(
             "the trainer has an optimizer already: pass it neither optimizers nor optimizer_cls_and_kwargs"
         )
-    _check(options)
-    trainer.optimizer_cls_and_kwargs = (cast(Any, IVONFactory), options)  # annotated for optimizer classes only
-    callback = trainer.pop_callback(IVONCallback) or IVONCallback()
+    by_recipe = not _says_all(options)
+    _check({"num_data": 1, **options} if by_recipe else options)
+    factory = partial(_OfTrainer, weakref.ref(trainer)) if by_recipe else IVONFactory
+    trainer.optimizer_cls_and_kwargs = (cast(Any, factory), options)  # annotated for optimizer classes only
+    callback = cast(IVONCallback | None, trainer.pop_callback(IVONCallback)) or IVONCallback()
     trainer.callback_handler.callbacks.insert(0, callback)  # what it logs is for those after it
-    callback.serve(trainer)
+    callback.serve(trainer, translated=by_recipe)
 
 
 def ivon_of(trainer: Trainer) -> IVON:
@@ -92,7 +102,8 @@ class IVONFactory:
 
         Args:
             model: The model, on its device and with its adapters.
-            **options: Arguments of :class:`IVON`; with ``num_data`` those of :meth:`IVON.for_lora`.
+            **options: Arguments of :class:`IVON`; with ``num_data`` or another of the recipe's, those of
+                :meth:`IVON.for_lora`.
 
         Raises:
             ValueError: If the model has no trainable parameter.
@@ -118,8 +129,16 @@ def _of_adapters(model: nn.Module) -> set[nn.Parameter]:
     return found
 
 
+_RECIPES_OWN = ("num_data", "learning_rate", "steps", "epochs", "sigma", "recipe")
+
+
+def _says_all(options: dict[str, Any]) -> bool:
+    """Whether the options are for :class:`IVON` itself, and leave nothing to the recipe."""
+    return {"lr", "ess"} <= options.keys() and options.keys().isdisjoint(_RECIPES_OWN)
+
+
 def _constructor(options: dict[str, Any]) -> Callable[..., IVON]:
-    return IVON.for_lora if "num_data" in options else IVON
+    return IVON if options.keys().isdisjoint(_RECIPES_OWN) else IVON.for_lora
 
 
 def _check(options: dict[str, Any]) -> None:
@@ -129,6 +148,40 @@ def _check(options: dict[str, Any]) -> None:
     if unknown:
         raise TypeError(f"IVON has no option {', '.join(sorted(unknown))}")
     own.bind([], **options)
+
+
+class _OfTrainer(IVONFactory):
+    """:meth:`IVON.for_lora` with what a trainer knows about the run, where the options do not say otherwise."""
+
+    def __init__(self, trainer: Callable[[], Trainer | None]) -> None:
+        self._trainer = trainer  # a weak reference: the trainer keeps the factory
+
+    def __call__(self, model: nn.Module, **options: Any) -> IVON:
+        """As that of :class:`IVONFactory`."""
+        trainer = self._trainer()
+        known: dict[str, Any] = {} if trainer is None else _known(trainer, options.get("num_data"))
+        if options.get("recipe") is not None or options.get("lr") is not None:
+            known.pop("learning_rate", None)
+        return super().__call__(model, **{**known, **options})
+
+
+def _known(trainer: Trainer, num_data: Any) -> dict[str, Any]:
+    """What a trainer knows about its run, as arguments of :meth:`IVON.for_lora`; `num_data` is the user's, or None."""
+    args = trainer.args
+    batch = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+    if num_data is None:
+        try:
+            num_data = len(cast(Any, trainer.train_dataset))
+        except TypeError:  # a stream, of which every example is seen once
+            num_data = 0
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * math.ceil(num_data / batch))
+    seen = steps * batch
+    return {
+        "learning_rate": args.learning_rate,
+        "steps": max(1, steps),
+        "num_data": max(1, num_data or seen),
+        "epochs": seen / num_data if num_data and seen else 1.0,
+    }
 
 
 class IVONCallback(TrainerCallback):
@@ -155,6 +208,7 @@ class IVONCallback(TrainerCallback):
     def __init__(self, save_posterior: bool = True) -> None:
         self._save_posterior = save_posterior
         self._trainer: Trainer | None = None
+        self._translated = False
         self._notes: list[str] = []
         self._said: set[str] = set()  # in all runs
         self._voice: Voice | None = None
@@ -162,9 +216,14 @@ class IVONCallback(TrainerCallback):
         self._strangers = _Strangers()
         self._skipped_steps = 0
 
-    def serve(self, trainer: Trainer) -> None:
-        """Do what needs the trainer itself: see :func:`use_ivon`."""
-        self._trainer = trainer
+    def serve(self, trainer: Trainer, *, translated: bool) -> None:
+        """Do what needs the trainer itself: see :func:`use_ivon`.
+
+        Args:
+            trainer: The trainer.
+            translated: Whether its learning rate is AdamW's, which the recipe makes IVON's of.
+        """
+        self._trainer, self._translated = trainer, translated
         args = trainer.args
         if args.max_grad_norm == _default(args, "max_grad_norm") and args.max_grad_norm:
             self._notes = [f"max_grad_norm 0 instead of the default {args.max_grad_norm:g}"]
@@ -184,7 +243,7 @@ class IVONCallback(TrainerCallback):
         save_mean(context["model"], ivon)
         sample_unfrozen(context["model"], ivon)
         self._skipped_steps = ivon.skipped_steps
-        for advice in (*_advice_on_clipping(args), *_advice_on_overrides(args, ivon)):
+        for advice in (*_advice_on_clipping(args), *_advice_on_overrides(args, ivon, self._translated)):
             self._warn(advice)
         _forward(context["optimizer"], ivon)
         self._first_step = state.global_step
@@ -228,7 +287,7 @@ class IVONCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
         """Write the posterior into a checkpoint, where ``use_ivon`` has not seen to every save."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         if self._save_posterior and self._trainer is None and folder.is_dir():
             save_posterior(_ivon(context["optimizer"]), context["model"], folder, writes=args.should_save)
 
@@ -350,13 +409,13 @@ def _advice_on_clipping(args: TrainingArguments) -> list[str]:
     ]
 
 
-def _advice_on_overrides(args: TrainingArguments, ivon: IVON) -> list[str]:
+def _advice_on_overrides(args: TrainingArguments, ivon: IVON, translated: bool) -> list[str]:
     """Where the learning rate, the weight decay or the samples of a step are not what the user may believe."""
     advice = []
     defaults = ivon.defaults
     groups = [group for group in ivon.param_groups if group["params"]]
     lr = float(groups[0].get("initial_lr", groups[0]["lr"]))
-    if args.learning_rate not in (_default(args, "learning_rate"), lr):
+    if not translated and args.learning_rate not in (_default(args, "learning_rate"), lr):
         advice.append(f"TrainingArguments.learning_rate={args.learning_rate} is not used: IVON has lr={lr}")
     decays = [float(group["weight_decay"]) for group in ivon.param_groups]
     by_trainer = decays == [args.weight_decay, 0.0]  # the groups that Trainer makes for an optimizer class

@@ -118,15 +118,6 @@ def test_the_factory_can_be_passed(tmp_path: Path) -> None:
     assert any("norm" in name for name in group["param_names"])
 
 
-def test_the_recipe_for_lora(tmp_path: Path) -> None:
-    model = lora_llama()
-    trainer = Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=sequences())
-    use_ivon(trainer, num_data=12, lr=0.2)
-    trainer.train()
-    group = ivon_of(trainer).param_groups[0]
-    assert (group["ess"], group["clip_radius"], group["initial_lr"]) == (1e7, 1e-3, 0.2)
-
-
 def test_model_init_gets_an_optimizer_for_every_model(tmp_path: Path) -> None:
     """As hyperparameter searches do it: the model and the optimizer are made anew whenever train() is called."""
     trainer = Trainer(
@@ -298,8 +289,6 @@ def test_mc_samples_are_warned_of(tmp_path: Path) -> None:
 
 def test_mistakes_are_refused(tmp_path: Path) -> None:
     trainer = Trainer(lora_llama(), arguments(tmp_path), train_dataset=sequences())
-    with pytest.raises(TypeError, match="missing a required argument: 'lr'"):
-        use_ivon(trainer, ess=1.0)
     with pytest.raises(TypeError, match="IVON has no option clip_raduis"):
         use_ivon(trainer, lr=0.1, ess=1.0, clip_raduis=1.0)
     with pytest.raises(TypeError, match="IVON has no option clip_raduis"):

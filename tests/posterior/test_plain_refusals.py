@@ -26,8 +26,8 @@ def test_numbers_of_for_lora_come_from_anywhere(number: Any) -> None:
     found, expected = group(number, torch.tensor(0.0625)), group(100, 0.0625)
     assert {**found, "params": None} == {**expected, "params": None}
     assert type(found["ess"]) is float and type(found["lr"]) is float
-    published = IVON.for_lora([nn.Parameter(torch.zeros(2))], number)
-    assert published.param_groups[0]["ess"] == 1e7
+    published = IVON.for_lora([nn.Parameter(torch.zeros(2))], number, recipe="paper")
+    assert published.param_groups[0]["ess"] == 1e6
 
 
 @pytest.mark.parametrize("bad", [[100], "100", None, 0, np.nan, torch.tensor([1, 2]), np.arange(2), object(), {}])

@@ -43,7 +43,7 @@ def test_a_short_run_prints_a_table_and_a_sentence_and_draws_a_picture(said: tup
     ]
     assert all(len(row[26:].split()) == 3 and 0 <= float(row[26:].split()[0]) <= 1 for row in rows)
     assert lines[head + 7].startswith("In one pass IVON's mean has an NLL of ") and lines[head + 7].endswith(".")
-    assert lines[-1] == f"Confidence against accuracy: {picture}"
+    assert lines[-1] == f"Confidence against accuracy, all runs together: {picture}"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert max(map(len, lines[: head + 6])) <= 120
 
