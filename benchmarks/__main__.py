@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from benchmarks import Interruption, UserError
 from benchmarks.evaluate.cli import evaluate
 from benchmarks.finetune.cli import INTERRUPTED, finetune
+from benchmarks.pairs import pairs
 from benchmarks.quality.cli import quality, recipe
 from benchmarks.speed.cli import compare, speed
 
@@ -84,7 +85,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (compare, evaluate, finetune, quality, readme, recipe, sharding, speed, stacking):
+for command in (compare, evaluate, finetune, pairs, quality, readme, recipe, sharding, speed, stacking):
     app.command()(command)
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from benchmarks import UserError
 from benchmarks.environment import write_record
 from benchmarks.finetune import data, report
 from benchmarks.finetune.model import LabelScorer, load_model
-from benchmarks.finetune.run import find_device, last_word, make_folder, progress_bars
+from benchmarks.finetune.run import Progress, find_device, last_word, make_folder
 from benchmarks.finetune.settings import Settings
 from benchmarks.finetune.tasks import Task, domains
 from benchmarks.finetune.train import InterruptGuard
@@ -53,7 +53,7 @@ class Evaluation:
     def __init__(self, folder: Path, task: Task, settings: Settings, console: Console) -> None:
         """Loads data, posterior and model; UserError if one cannot be had, or they do not fit together."""
         self.folder, self.task, self.settings, self.console = folder, task, settings, console
-        self.guard, self.progress = InterruptGuard(), progress_bars(console)
+        self.guard, self.progress = InterruptGuard(), Progress(console)
         self.device = find_device(settings.device)
         self.examples = {t.name: self._load(t, settings.split) for t in domains(task)}
         # The hub's tasks are judged on their published validation split: there is no other to choose by.

@@ -24,9 +24,12 @@ def finetune(
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,
     train_size: Annotated[int | None, typer.Option(help="Training examples.")] = None,
     test_size: Annotated[int | None, typer.Option(help="Test examples.")] = None,
+    validation_size: Annotated[
+        int | None, typer.Option(help="Examples that temperatures are fitted to; 0: none.")
+    ] = None,
     max_words: Annotated[int | None, typer.Option(help="Leave out examples with longer prompts.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the optimizer; with both, of IVON.")] = None,
-    adamw_lr: Annotated[float | None, typer.Option(help="Learning rate of AdamW when both run.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the optimizer; with both, IVON's own.")] = None,
+    adamw_lr: Annotated[float | None, typer.Option(help="Learning rate of AdamW, from which IVON's follows.")] = None,
     ess: Annotated[float | None, typer.Option(help="IVON's effective sample size.")] = None,
     hess_init: Annotated[float | None, typer.Option(help="IVON's initial Hessian.")] = None,
     clip_radius: Annotated[float | None, typer.Option(help="IVON's bound on one step.")] = None,
@@ -40,6 +43,9 @@ def finetune(
     ] = None,
     load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="Quantize it with bitsandbytes.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A minute: fewer steps and examples; to see that it works.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for results, diagram and adapters.")] = Path("results/finetune"),
 ) -> None:
     """Finetune a language model with LoRA, once with AdamW and once with IVON, and compare their predictions.

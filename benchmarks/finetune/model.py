@@ -6,12 +6,16 @@ import importlib.util
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import torch
 import transformers
+import transformers.modeling_gguf_pytorch_utils
 from torch import Tensor, nn
 
 from benchmarks import UserError
@@ -38,12 +42,25 @@ def load_model(name: str | None, *, device: torch.device, in_8bit: bool) -> tupl
         more |= {"quantization_config": _eight_bit_config(), "device_map": {"": device}}
     transformers.utils.logging.disable_progress_bar()  # the caller shows its own
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options, **more)
+        with _no_gguf_bars():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, **options, **more)
     except Exception as error:  # transformers, safetensors, gguf and the hub raise many kinds; all mean the same here
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"Cannot read the model '{name or BUNDLED}': {reason}") from error
     return (model if in_8bit else model.to(device)), tokenizer
+
+
+@contextmanager
+def _no_gguf_bars() -> Iterator[None]:
+    """Reading a GGUF file draws a bar that transformers' own switch for bars does not know."""
+    module: Any = transformers.modeling_gguf_pytorch_utils
+    bar = module.tqdm
+    module.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        module.tqdm = bar
 
 
 def _bundled_file() -> Path:

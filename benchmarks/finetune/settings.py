@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import UserError
-from benchmarks.finetune.tasks import Recipe, Task, find_task
+from benchmarks.finetune.tasks import QUICK, Recipe, Task, find_task
 
 OPTIMIZERS = {"both": ("adamw", "ivon"), "adamw": ("adamw",), "ivon": ("ivon",)}
 IVON_ONLY = ("ess", "hess_init", "clip_radius", "samples")
@@ -21,6 +21,7 @@ _RULES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (  # of
     (("samples",), f"at most {2**16}", lambda value: value <= 2**16),
     (_POSITIVE, "a positive number", lambda value: 0 < value < inf),
     (("weight_decay",), "zero or a positive number", lambda value: 0 <= value < inf),
+    (("validation_size",), "zero or more", lambda value: value >= 0),
     (("seed",), "between 0 and 2^63 - 1", lambda value: 0 <= value < 2**63),
 )
 
@@ -43,8 +44,12 @@ class Settings(Recipe):
         return {**asdict(self), "out": str(self.out)}
 
 
-def resolve(*, task: str, optimizer: str, lr: float | None = None, **options: Any) -> tuple[Task, Settings]:
+def resolve(
+    *, task: str, optimizer: str, lr: float | None = None, quick: bool = False, **options: Any
+) -> tuple[Task, Settings]:
     """Lays the user's options over the task's recipe: None keeps the recipe's value, and `lr` is the optimizer's.
+
+    `quick` makes the recipe's own amounts small.
 
     UserError for an unknown name, a number out of range, and an option that would have no effect.
     """
@@ -60,7 +65,9 @@ def resolve(*, task: str, optimizer: str, lr: float | None = None, **options: An
     check(given)
     if lr is not None:
         given["adamw_lr" if optimizer == "adamw" else "ivon_lr"] = given.pop("lr")
-    return found, Settings(task=task, optimizers=OPTIMIZERS[optimizer], **{**asdict(found.recipe), **given})
+    return found, Settings(
+        task=task, optimizers=OPTIMIZERS[optimizer], **{**asdict(found.recipe), **(QUICK if quick else {}), **given}
+    )
 
 
 def check(given: Mapping[str, Any]) -> None:

@@ -80,14 +80,17 @@ class Training:
         return {name: getattr(self, name) for name in ("steps", "seconds", "optimizer_ms", "losses")}
 
 
-def make_optimizer(name: str, parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """AdamW (PyTorch's fused one where there is one) or IVON with the paper's switches for LoRA."""
+def make_optimizer(name: str, parameters: list[nn.Parameter], settings: Settings, count: int) -> torch.optim.Optimizer:
+    """AdamW (PyTorch's fused one where there is one) or IVON by its recipe for LoRA, for `count` training examples."""
     if name == "adamw":
         fused = parameters[0].device.type in ("cpu", "cuda")
         return torch.optim.AdamW(parameters, settings.adamw_lr, weight_decay=settings.weight_decay, fused=fused)
-    names = ("hess_init", "beta2", "weight_decay", "clip_radius", "seed")
+    names = ("ess", "hess_init", "beta2", "weight_decay", "clip_radius", "seed")
     options = {name: getattr(settings, name) for name in names}
-    return IVON(parameters, settings.ivon_lr, settings.ess, rescale_lr=False, **options)
+    if settings.ivon_lr is None:
+        options |= {"learning_rate": settings.adamw_lr, "steps": settings.steps}
+        options |= {"epochs": settings.steps * settings.batch_size / count}
+    return IVON.for_lora(parameters, count, lr=settings.ivon_lr, **options)
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

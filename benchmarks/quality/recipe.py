@@ -38,7 +38,7 @@ from benchmarks.quality import recipe_report
 from benchmarks.quality.bench import Content, Tensors, scores_of
 from benchmarks.quality.method import Hyper
 from benchmarks.quality.methods.ivon import FROZEN, optimizer, posterior_of, predict_each, state_of
-from benchmarks.quality.settings import SEARCH_SEED, Settings
+from benchmarks.quality.settings import SEARCH_SEED, STUDIED, Settings
 from benchmarks.quality.workshop import Workshop, key_of
 
 RECORD, JOURNAL = "recipe.json", "optuna.log"
@@ -107,10 +107,10 @@ def _rounded(value: float) -> float:
 
 
 def of_main_job(task: str) -> Hyper:
-    """What ``python -m benchmarks finetune`` uses on the task."""
+    """What the search started from on the task: what the main job used before `IVON.for_lora` had a rule."""
     recipe = find_task(task).recipe
     names = {"lr": "ivon_lr", "ess": "ess", "hess_init": "hess_init", "beta2": "beta2", "clip_radius": "clip_radius"}
-    return {name: getattr(recipe, field) for name, field in names.items()}
+    return {name: getattr(recipe, field) or STUDIED[field] for name, field in names.items()}
 
 
 class Proposals:

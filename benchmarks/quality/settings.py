@@ -42,6 +42,22 @@ SIZES = {
 }
 
 
+# The bundled tasks as the study trains them, where its own sizes do not say otherwise.
+STUDIED: dict[str, Any] = {
+    "steps": 60,
+    "batch_size": 8,
+    "train_size": 200,
+    "test_size": 120,
+    "validation_size": 0,
+    "adamw_lr": 4e-3,
+    "ivon_lr": 1.5,
+    "ess": 3.2e5,
+    "hess_init": 0.04,
+    "clip_radius": 1e-3,
+    "beta2": 0.999,
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that a study needs to know."""
@@ -136,4 +152,5 @@ def sized(task: Task, amounts: Size) -> Task:
     """The task with a recipe of this size."""
     names = ("steps", "batch_size", "train_size", "test_size", "max_words", "samples")
     changes = {name: value for name in names if (value := getattr(amounts, name)) is not None}
-    return replace(task, recipe=replace(task.recipe, **changes))
+    own = {} if task.hub else STUDIED
+    return replace(task, recipe=replace(task.recipe, **{**own, **changes}))

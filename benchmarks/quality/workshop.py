@@ -23,7 +23,7 @@ from benchmarks import UserError
 from benchmarks.environment import write_record
 from benchmarks.finetune.model import add_lora, load_model
 from benchmarks.finetune.report import PACKAGES
-from benchmarks.finetune.run import find_device, make_folder, progress_bars
+from benchmarks.finetune.run import Progress, find_device, make_folder
 from benchmarks.finetune.tasks import find_task
 from benchmarks.finetune.train import Interrupted, InterruptGuard
 from benchmarks.quality.bench import Bench, Content, Tensors
@@ -112,7 +112,7 @@ class Workshop:
         make_folder(settings.out)
         self.cells = Cells(settings.out, settings.identity())
         self.cells.forget_failures()
-        self._guard, self._benches, self.progress = InterruptGuard(), dict[str, Bench](), progress_bars(console)
+        self._guard, self._benches, self.progress = InterruptGuard(), dict[str, Bench](), Progress(console)
         self._whole = self.progress.add_task("study", total=None, note="")
         self._detail = self.progress.add_task("", total=None, note="")
 

@@ -19,6 +19,7 @@ import transformers
 from typer.testing import Result
 
 from benchmarks.finetune import model, run, train
+from benchmarks.finetune.tasks import QUICK as QUICK_SIZES
 from benchmarks.finetune.tasks import TASKS
 from ivon_kernels import IVON
 from tests.support.commands import command, ended_well, invoke, refused
@@ -27,7 +28,8 @@ from tests.support.finetune_model import save_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 # PEFT asks transformers by a name that transformers is about to change.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-QUICK = {"device": "cpu", "steps": 6, "train_size": 40, "test_size": 50, "samples": 2}
+QUICK = {"device": "cpu", "steps": 6, "train_size": 40, "test_size": 50, "validation_size": 20, "samples": 2}
+ROWS = ["AdamW", "AdamW, scaled", "IVON, mean", "IVON, 2 samples", "IVON, 2 samples, scaled"]
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +48,24 @@ def results(out: Path) -> Any:
 @pytest.fixture(scope="module")
 def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("both") / "new" / "folder"
-    return out, ended_well(call(tiny_model, out, steps=30))
+    return out, ended_well(call(tiny_model, out, steps=30, adamw_lr=1e-2))
 
 
 def test_one_table_compares_the_optimizers(finished: tuple[Path, str]) -> None:
     _, output = finished
-    (header,) = (line for line in output.splitlines() if "NLL" in line)
+    header, less = (line for line in output.splitlines() if re.fullmatch(r" *accuracy .*NLL.*", line))
     assert header.split() == ["accuracy", "NLL", "ECE", "Brier", "raters", "training", "opt./step"]
-    for row in ("AdamW  ", "IVON, mean  ", "IVON, 2 samples  "):
-        assert re.search(f"^ *{row}", output, re.MULTILINE)
-    assert max(len(line) for line in output.splitlines() if "IVON, " in line) <= 80
+    assert less.split() == ["accuracy", "NLL", "ECE"]
+    for row in ROWS:
+        assert re.search(f"^ *{row}  ", output, re.MULTILINE)
+    assert "Against AdamW, on the same 50 examples (95% intervals): AdamW, scaled: " in " ".join(output.split())
+    assert max(len(line) for line in output.splitlines() if re.match(" *(AdamW|IVON), ", line)) <= 110
+
+
+def test_progress_is_told_also_where_there_is_no_terminal(finished: tuple[Path, str]) -> None:
+    _, output = finished
+    assert len(re.findall(r"^IVON: training \d+/30 loss \d\.\d+ \d+ s$", output, re.MULTILINE)) == 10
+    assert "AdamW: evaluation 70/70" in output
 
 
 def test_results_json_says_what_was_done(finished: tuple[Path, str]) -> None:
@@ -64,9 +74,14 @@ def test_results_json_says_what_was_done(finished: tuple[Path, str]) -> None:
     found = results(out)
     assert found["finished"] is True
     assert found["device"] == "cpu"
-    assert found["settings"]["ess"] == TASKS["vader_nyt"].recipe.ess
+    assert found["settings"]["adamw_lr"] == 1e-2
+    assert found["settings"]["clip_radius"] == TASKS["vader_nyt"].recipe.clip_radius
+    assert found["settings"]["ess"] is None  # what the recipe makes of it
+    assert found["conclusion"].startswith("Against AdamW")
+    assert list(found["less_adamw"]) == ROWS[1:]
+    assert [row["temperature"] is None for row in found["rows"]] == [True, False, True, True, False]
     assert found["environment"]["versions"]["torch"] == torch.__version__
-    assert [row["name"] for row in found["rows"]] == ["AdamW", "IVON, mean", "IVON, 2 samples"]
+    assert [row["name"] for row in found["rows"]] == ROWS
     for row in found["rows"]:
         assert 0 <= row["scores"]["accuracy"] <= 1
         assert sum(row["reliability"]["counts"]) == 50
@@ -91,12 +106,18 @@ def test_the_ivon_adapter_is_the_mean_of_the_saved_optimizer(finished: tuple[Pat
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
     adapted = peft.PeftModel.from_pretrained(base, out / "ivon", is_trainable=True)
     parameters = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = IVON(parameters, lr=1, ess=1)
+    optimizer = IVON(parameters, lr=1, ess=1e6)
     optimizer.load_state_dict(torch.load(out / "ivon" / "optimizer.pt", weights_only=True))
     for parameter in parameters:
         assert torch.equal(optimizer.state[parameter]["mean"], parameter.detach())
         assert int(optimizer.state[parameter]["step"]) == 30
-        assert not torch.equal(optimizer.state[parameter]["hess"], torch.full_like(parameter, 1e-3))
+        assert len(optimizer.state[parameter]["hess"].unique()) > 1
+
+
+def test_quick_makes_the_recipe_small(tiny_model: Path, tmp_path: Path) -> None:
+    ended_well(invoke("finetune", model=tiny_model, out=tmp_path, device="cpu", quick=True, steps=3))
+    found = results(tmp_path)["settings"]
+    assert {name: found[name] for name in QUICK_SIZES} == {**QUICK_SIZES, "steps": 3}
 
 
 @pytest.mark.slow
@@ -113,17 +134,21 @@ def test_the_same_seed_gives_the_same_numbers(tiny_model: Path, tmp_path: Path) 
 
 def test_both_optimizers_start_alike(tiny_model: Path, tmp_path: Path) -> None:
     """Almost without noise, IVON's first loss is AdamW's: same start, same batch, same dropout."""
-    ended_well(call(tiny_model, tmp_path, ess=1e18, steps=1))
+    ended_well(call(tiny_model, tmp_path, lr=1.0, ess=1e18, hess_init=1.0, steps=1))
     training = results(tmp_path)["training"]
     assert training["ivon"]["losses"] == pytest.approx(training["adamw"]["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("optimizer", "rows"), [("adamw", ["AdamW"]), ("ivon", ["IVON, mean", "IVON, 3 samples"])])
+@pytest.mark.parametrize(
+    ("optimizer", "rows"),
+    [("adamw", ["AdamW", "AdamW, scaled"]), ("ivon", ["IVON, mean", "IVON, 3 samples", "IVON, 3 samples, scaled"])],
+)
 def test_one_optimizer_alone(tiny_model: Path, tmp_path: Path, optimizer: str, rows: list[str]) -> None:
     samples = 3 if optimizer == "ivon" else None
     ended_well(call(tiny_model, tmp_path, optimizer=optimizer, samples=samples, lr=0.125))
     found = results(tmp_path)
     assert [row["name"] for row in found["rows"]] == rows
+    assert (found["conclusion"], found["less_adamw"]) == (None, {})
     assert list(found["training"]) == [optimizer]
     assert found["settings"][f"{optimizer}_lr"] == 0.125
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [optimizer]
@@ -152,6 +177,7 @@ def test_every_number_reaches_the_run(tiny_model: Path, tmp_path: Path) -> None:
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"train_size": -5}, "--train-size must be at least 1"),
         ({"train_size": 10**6}, "Task vader_nyt has "),
+        ({"validation_size": -1}, "--validation-size must be zero or more"),
         ({"samples": 0}, "--samples must be at least 1"),
         ({"samples": 2**16 + 1}, "--samples must be at most 65536"),
         ({"lr": 0}, "--lr must be a positive number"),
@@ -236,8 +262,8 @@ def interrupt_after(calls: int, function: Any) -> Any:
     ("place", "calls", "rows", "steps"),
     [
         ((train, "cross_entropy"), 3, [], {"adamw": 3}),
-        ((train, "cross_entropy"), 6 + 4, ["AdamW"], {"adamw": 6, "ivon": 4}),
-        ((run.Job, "_predict"), 3, ["AdamW", "IVON, mean"], {"adamw": 6, "ivon": 6}),
+        ((train, "cross_entropy"), 6 + 4, ROWS[:2], {"adamw": 6, "ivon": 4}),
+        ((run.Job, "_predict"), 4, ROWS[:3], {"adamw": 6, "ivon": 6}),
     ],
     ids=["training AdamW", "training IVON", "evaluating a sample"],
 )

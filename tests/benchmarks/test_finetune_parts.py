@@ -301,7 +301,7 @@ def test_the_papers_tasks_take_the_papers_recipe(task: str, ess: float, hess_ini
     assert (found.ess, found.hess_init, found.ivon_lr) == (ess, hess_init, 0.03)
     assert (found.steps, found.batch_size, found.clip_radius, found.beta2) == (10_000, 4, 1e-3, 0.99999)
     parameter = nn.Parameter(torch.zeros(3))
-    optimizer = train.make_optimizer("ivon", [parameter], found)
+    optimizer = train.make_optimizer("ivon", [parameter], found, 100)
     assert optimizer.param_groups[0]["rescale_lr"] is False
 
 
@@ -317,7 +317,7 @@ class OneWeight(nn.Module):
 def test_the_schedule_is_linear_to_zero_and_batches_come_as_given(name: str) -> None:
     chosen = replace(settings(), steps=4)
     tiny = OneWeight()
-    optimizer = train.make_optimizer(name, train.trainable(tiny), chosen)
+    optimizer = train.make_optimizer(name, train.trainable(tiny), chosen, 20)
     seen: list[list[int]] = []
     rates: list[float] = []
 
@@ -338,7 +338,7 @@ def test_the_schedule_is_linear_to_zero_and_batches_come_as_given(name: str) -> 
     )
     given = encoded([2] * 20).epochs(4, 0)
     assert seen == [next(given).index for _ in range(4)]
-    start = chosen.adamw_lr if name == "adamw" else chosen.ivon_lr
+    start = chosen.adamw_lr if name == "adamw" else 0.5 * chosen.adamw_lr / 1e-4
     assert rates == pytest.approx([start * share for share in (1, 0.75, 0.5, 0.25)])
     assert training.steps == len(training.optimizer_seconds) == 4
     assert 0 < training.optimizer_ms < 1e3 * training.seconds
