@@ -13,12 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from benchmarks.finetune import report
+from benchmarks.pairs import PAIRS
+from benchmarks.pairs import table as compared
 from benchmarks.quality.summary import COST, IN, METRICS, SHIFT, Summary, bold, mark, number
 from benchmarks.speed.record import read
 from benchmarks.tables import NOTHING, markdown
+from ivon_kernels.report.plots import BLUE
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
@@ -26,8 +31,16 @@ DOCUMENTS = (
     *(f"benchmarks/{name}/README.md" for name in ("evaluate", "finetune", "quality")),
     "docs/gpu-kernels.md",
     "docs/posterior.md",
+    "docs/recipe.md",
 )
 RESULTS = "benchmarks/results"
+PICTURES = "docs/pictures"
+_SHOWN = {
+    "adamw": "AdamW",
+    "ivon_long": "IVON, one pass at the mean",
+    "ivon_samples_scaled": "IVON, ten scaled samples",
+}
+_ENOUGH = 5  # examples in a bin, to draw it
 _BLOCK = re.compile(r"(?P<begin><!-- figures: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 _QUALITY = ("accuracy", "nll", "ece")
 _COLUMNS = tuple((group, key) for group in (IN, SHIFT) for key in _QUALITY)
@@ -37,9 +50,9 @@ _WORKLOADS = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "128-tiny", "450-tiny")
 _BASELINE = "AdamW (fused)"
 _CONTENDERS = {
     "ivon_kernels cpu, sample + step": "ivon_kernels",
-    "ivon_kernels cpu, step with next sample": "one pass (`sample_in_step`)",
-    "AdamW (foreach)": "AdamW, foreach",
-    "ivon-opt 0.1.3": "ivon-opt 0.1.3",
+    "ivon_kernels cpu, step with next sample": "in one pass",
+    "AdamW (foreach)": "foreach",
+    "ivon-opt 0.1.3": "ivon-opt",
 }
 
 
@@ -52,8 +65,44 @@ def fill(document: str, root: Path) -> str:
     return _BLOCK.sub(block, document)
 
 
+def draw(root: Path) -> None:
+    """README's pictures: three ways to predict after ten epochs, and four ways to take a step."""
+    summary, record = Summary(_read(root / RESULTS / _LONG / "quality.json")), read(root / RESULTS / "speed/speed.json")
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained", sharex=True, sharey=True)
+    for ax, (method, title), color in zip(axes, _SHOWN.items(), ("0.4", BLUE, BLUE), strict=True):
+        points = summary.reliability(summary.views[0], IN, method)
+        points = points[points["count"] >= _ENOUGH]
+        ax.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--")
+        ax.plot(points["confidence"], points["accuracy"], color=color)
+        area = 300 * points["count"] / points["count"].sum()
+        ax.scatter(points["confidence"], points["accuracy"], area, color=color, clip_on=False)
+        score = summary.score(summary.views[0], IN, method, "ece")
+        ax.text(0.05, 0.9, f"ECE {score.mean:.3f}", transform=ax.transAxes)
+        ax.set(title=title, xlabel="how sure it is", xlim=(0.3, 1), ylim=(0.3, 1))
+    axes[0].set_ylabel("how often it is right")
+    _save(figure, root / PICTURES / "reliability.png")
+    found = record.measured("steps").query("dtype == 'float32' and quantity == 'step' and workload == @_WORKLOADS[0]")
+    times = found.set_index("contender")["p50"].loc[[_BASELINE, *list(_CONTENDERS)[:2], "ivon-opt 0.1.3"]]
+    figure, ax = plt.subplots(figsize=(7, 1.9), layout="constrained")
+    bars = ax.barh(["AdamW, fused", "IVON, sample + step", "IVON in one pass", "ivon-opt 0.1.3"], times)
+    for bar, color in zip(bars, ("0.6", BLUE, BLUE, "0.6"), strict=True):
+        bar.set_color(color)
+    ax.bar_label(bars, [f"{time:.1f} ms" for time in times], padding=4, fontsize=9)
+    ax.invert_yaxis()
+    ax.set(xlabel="one step of Llama-2-7B's LoRA, ms", xlim=(0, 1.12 * times.max()))
+    ax.spines[["top", "right"]].set_visible(False)
+    _save(figure, root / PICTURES / "speed.png")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def write() -> None:
-    """Write the blocks of all `DOCUMENTS`."""
+    """Write the blocks of all `DOCUMENTS`, and README's pictures."""
+    draw(ROOT)
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(fill(path.read_text(encoding="utf-8"), ROOT), encoding="utf-8")
@@ -68,13 +117,15 @@ def _title(group: str, key: str) -> str:
     return METRICS[key] + (", shift" if group == SHIFT else "")
 
 
-def quality(results: Path, study: str, only: tuple[str, ...] = ()) -> str:
+def quality(
+    results: Path, study: str, only: tuple[str, ...] = (), columns: tuple[tuple[str, str], ...] = _COLUMNS
+) -> str:
     """Scores of what someone would choose, in distribution and under shift; passes of the model."""
     summary = Summary(_read(results / study / "quality.json"))
     task = summary.views[0]
     shown = [m for m in summary.methods if summary.kind(m) != "ablation" and (not only or m in only)]
     table = {"": [summary.title(method) for method in shown]}
-    for group, key in _COLUMNS:
+    for group, key in columns:
         scores = [summary.score(task, group, method, key) for method in shown]
         leader = next(method for method in summary.ranking(task, group, key) if method in shown)
         best = scores[shown.index(leader)]
@@ -102,10 +153,10 @@ def speed(results: Path) -> str:
     found = record.measured("steps").query("dtype == 'float32' and quantity == 'step'")
     steps = found.pivot(index="workload", columns="contender", values=["p50", "ratio"]).loc[list(_WORKLOADS)]
     about = [record.workloads[name] for name in _WORKLOADS]
-    titles = [f"{w['title']}: {w['tensors']} tensors, {w['elements'] / 1e6:.2g}M elements" for w in about]
+    titles = [f"{w['title']} ({w['elements'] / 1e6:.2g}M)" for w in about]
     table = steps["ratio"][list(_CONTENDERS)].rename(columns=_CONTENDERS).map("{:.2g}x".format)
-    table.insert(0, "`AdamW(fused=True)`", steps["p50", _BASELINE].map("{:.2g} ms".format))
-    table.insert(0, "one optimizer step, float32", titles)
+    table.insert(0, "fused AdamW", steps["p50", _BASELINE].map("{:.2g} ms".format))
+    table.insert(0, "one step, float32", titles)
     return markdown(table)
 
 
@@ -120,6 +171,12 @@ def host(results: Path) -> str:
     table = table.loc[list(rows.itertuples(index=False, name=None)), columns].reset_index()
     table.columns = pd.Index(["median us (20% to 80%)", "tensors", "same gradients", "fresh gradients"])
     return markdown(table, left=2)
+
+
+def pairs(results: Path) -> str:
+    """AdamW and IVON at one learning rate."""
+    found = {path.stem: _read(path) for path in (results / "pairs").glob("*.json")}
+    return markdown(compared({name: found[name] for name in PAIRS if name in found}))
 
 
 def finetune(results: Path) -> str:
@@ -151,7 +208,8 @@ def stacking(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "quality": partial(quality, study="quality"),
-    "gains": partial(quality, study=_LONG, only=_FIRST),
+    "gains": partial(quality, study=_LONG, only=_FIRST, columns=_COLUMNS[:3]),
+    "pairs": pairs,
     "quality_long": partial(quality, study=_LONG),
     "repaired": repaired,
     "speed": speed,

@@ -65,9 +65,19 @@ class Sweep:
             ax.annotate(f"{value:g}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
         ax.set_xlabel("expected calibration error")
         ax.set_ylabel("accuracy")
+        # No closer than a tenth of accuracy and of ECE: closer, one example of a small split would look like a step.
+        ax.set_xlim(*_around(ece))
+        ax.set_ylim(*_around(accuracy))
         ax.grid(visible=True, alpha=0.3)
         ax.legend(fontsize=8)
         return ax
+
+
+def _around(values: Sequence[float], least: float = 0.1) -> tuple[float, float]:
+    """An axis around the values, at least this wide."""
+    low, high = min(values), max(values)
+    margin = max(0.1 * (high - low), (least - (high - low)) / 2)
+    return low - margin, high + margin
 
 
 class _Dial(NamedTuple):

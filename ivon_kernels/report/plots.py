@@ -27,6 +27,7 @@ SERIES = (BLUE, ORANGE, GREEN, PURPLE, GREY)
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MAX_TICKS = 16
+_FEW = 5  # examples in a bin, below which it says little
 _FIFTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 _KINDS = {"lora_A": BLUE, "lora_B": ORANGE, "weights": GREEN}
 
@@ -54,7 +55,8 @@ def reliability_diagram(
     """Accuracy against confidence in equal bins of the confidence, with the number of examples in each bin.
 
     A bar is as high as the accuracy of its bin; the marker on it is at the bin's mean confidence, and the line from it
-    to the diagonal is the bin's calibration error: a marker below the diagonal is overconfidence.
+    to the diagonal is the bin's calibration error: a marker below the diagonal is overconfidence. Bins of fewer than
+    five examples are faded.
 
     Args:
         probabilities: `[N, C]`.
@@ -64,13 +66,19 @@ def reliability_diagram(
         color: of bars and markers.
     """
     ax = new_axes(ax)
+    from matplotlib.colors import to_rgba_array
+
     points = metrics.reliability(probabilities, labels, bins)
     filled = [number for number, count in enumerate(points.counts) if count]
     left = [number / bins for number in filled]
     ax.plot([0, 1], [0, 1], color="0.45", linewidth=1, linestyle="--", label="calibrated", zorder=1)
-    ax.bar(left, points.accuracy, width=1 / bins, align="edge", color=color, alpha=0.28, edgecolor="white", zorder=0)
-    ax.vlines(points.confidence, points.accuracy, points.confidence, color=color, linewidth=2.5, alpha=0.75, zorder=2)
-    ax.plot(points.confidence, points.accuracy, "o", color=color, markersize=5, clip_on=False, zorder=3)
+    sure = [1.0 if points.counts[number] >= _FEW else 0.3 for number in filled]
+    bars = [0.28 * share for share in sure]
+    ax.bar(left, points.accuracy, 1 / bins, align="edge", color=to_rgba_array(color, bars), edgecolor="white", zorder=0)
+    lines: Any = to_rgba_array(color, [0.75 * share for share in sure])
+    ax.vlines(points.confidence, points.accuracy, points.confidence, colors=lines, linewidth=2.5, zorder=2)
+    dots = to_rgba_array(color, sure)
+    ax.scatter(points.confidence, points.accuracy, 25, dots, clip_on=False, zorder=3)
     for start, accuracy, count in zip(left, points.accuracy, [points.counts[number] for number in filled], strict=True):
         inside = accuracy > 0.07
         ax.text(

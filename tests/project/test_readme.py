@@ -16,7 +16,8 @@ FEATURES = ["accumulation", "clipping", "AMP", "resume", "evaluation", "save"]
 
 def rows() -> list[list[str]]:
     """The cells of the table of frameworks, its head first."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Frameworks\n")[2].partition("\n## ")[0]
+    text = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    section = text.partition("\n## What is right where\n")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| ---")]
 
@@ -32,11 +33,19 @@ def test_the_table_has_every_framework_and_feature() -> None:
 def test_every_cell_of_the_table_is_a_test(row: list[str]) -> None:
     assert len(row) == 2 + len(FEATURES)
     for cell in row[2:]:
-        found = re.fullmatch(r'\[yes\]\((tests/\w+/\w+\.py) "([\w, ]+)"\)', cell)
+        found = re.fullmatch(r'\[yes\]\(\.\./(tests/\w+/\w+\.py) "([\w, ]+)"\)', cell)
         assert found, cell
         tree = ast.parse((ROOT / found[1]).read_text(encoding="utf-8"))
         functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
         assert set(found[2].split(", ")) <= functions, cell
+
+
+def test_the_readme_can_be_read() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 160
+    commands = ("python3 -m venv", "![")
+    assert not [line for line in lines if len(line) > 120 and not line.startswith(commands)]
+    assert not [line for line in lines if line.startswith("|") and line.count("|") > 7]  # of six columns
 
 
 def test_links_lead_somewhere() -> None:

@@ -1,4 +1,4 @@
-"""README's example of the posterior runs as it stands: train, save, load in a new process, predict."""
+"""The example of docs/posterior.md runs as it stands: train, save, load in a new process, predict."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 def examples() -> dict[str, str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "posterior.md").read_text(encoding="utf-8")
     return dict(re.findall(r"<!-- example: (\w+\.py) -->\n```python\n(.*?)```", text, flags=re.DOTALL))
 
 
@@ -67,8 +67,10 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return run.stdout
 
 
-def test_it_prints_what_the_readme_says(printed: str) -> None:
-    shown = re.search(r"```text\n(positive .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+def test_it_prints_what_the_document_says(printed: str) -> None:
+    shown = re.search(
+        r"```text\n(positive .*?)```", (ROOT / "docs" / "posterior.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )
     assert shown is not None
     number = re.compile(r"\d+\.\d+")
     assert number.sub("#", printed) == number.sub("#", shown[1])
