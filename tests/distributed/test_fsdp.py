@@ -33,7 +33,7 @@ from tests.support.fsdp_training import (
     swapped,
     trained,
 )
-from tests.support.helpers import assert_same, relative_error
+from tests.support.helpers import assert_same, relative_error, slow_but
 from tests.support.ranks import Ranks
 
 STEPS = 4
@@ -56,7 +56,7 @@ def test_the_trajectory_is_that_of_one_process(ranks: Ranks, kind: str, world: i
         assert_same(state, left)
 
 
-@pytest.mark.parametrize("name", ["reference", "cuda", "triton"])
+@pytest.mark.parametrize("name", slow_but(["reference", "cuda", "triton"], "reference", "cuda"))
 def test_every_backend_trains_shards(ranks: Ranks, name: str) -> None:
     steps, kind = (1, "columns") if name == "triton" else (STEPS, "FSDP2")
     sampled, state = plain(steps, "cpu")

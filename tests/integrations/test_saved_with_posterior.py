@@ -73,6 +73,7 @@ def test_a_module_that_is_no_model_of_transformers(tmp_path: Path) -> None:
     assert same(Posterior.load(tmp_path), now(trainer))
 
 
+@pytest.mark.slow
 def test_a_new_process_predicts_with_the_saved_folder(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run")
     trainer.train()

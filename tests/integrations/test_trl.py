@@ -107,6 +107,7 @@ def test_sft_resumes_saves_and_evaluates(tmp_path: Path, bf16: bool) -> None:
     assert same(saved_adapter(tmp_path / "checkpoint-4"), means(ivon_of(whole), whole.model))
 
 
+@pytest.mark.slow
 def test_sft_learns(tmp_path: Path) -> None:
     trainer = sft(tmp_path, {"seed": 0}, max_steps=80, learning_rate=2e-2, logging_steps=1)
     trainer.train()
@@ -305,6 +306,7 @@ def test_rollouts_reused_over_iterations_with_accumulation(tmp_path: Path, rollo
     assert recorder.updates == [(step, "own" if own else step) for step in range(2)]
 
 
+@pytest.mark.slow
 def test_grpo_evaluates_at_the_mean_and_resumes(tmp_path: Path) -> None:
     runs = []
     for resume in (None, str(tmp_path / "checkpoint-2")):

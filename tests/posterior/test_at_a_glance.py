@@ -125,6 +125,7 @@ def test_a_glance_at_many_weights_is_at_some_of_them() -> None:
 # ---- a page ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_posterior_writes_the_page_of_its_predictions(mlp: Trained, tmp_path: Path) -> None:
     x, y = features(8)
     found = mlp.posterior.predict(mlp.model, (x, y), samples=3)

@@ -26,6 +26,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return "\n".join(lines), picture
 
 
+@pytest.mark.slow
 def test_a_short_run_prints_a_table_and_a_sentence_and_draws_a_picture(said: tuple[str, Path]) -> None:
     text, picture = said
     lines = text.splitlines()
@@ -106,6 +107,7 @@ def test_a_table_of_several_runs_has_the_smallest_and_the_largest() -> None:
     assert "0.438 (0.325 to 0.551)" in lines[1]
 
 
+@pytest.mark.slow
 def test_without_matplotlib_there_is_a_table_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -118,6 +120,7 @@ def test_without_matplotlib_there_is_a_table_alone(
     assert any(line.startswith("IVON, mean") for line in lines) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_is_missing_or_cannot_be_ends_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -47,6 +47,7 @@ def test_another_name_is_an_attribute_error() -> None:
     assert not hasattr(ivon_kernels, "use_ivons")
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_and_a_missing_package_is_one_sentence() -> None:
     done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
