@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -61,29 +60,26 @@ def _loop(
     """A plain loop with a linear schedule; leaves the mean in the weights."""
     import torch
 
+    from benchmarks.finetune import train
     from ivon_kernels import IVON
 
-    trained = [p for p in model.parameters() if p.requires_grad]
     if run.optimizer == "adamw":
-        optimizer: Any = torch.optim.AdamW(trained, run.rate, weight_decay=0.0)
+        optimizer: Any = torch.optim.AdamW(train.trainable(model), run.rate, weight_decay=0.0)
     else:
         given: dict[str, Any] = {"learning_rate": run.rate, "steps": steps, "epochs": EPOCHS, "seed": run.seed}
         optimizer = IVON.for_lora(model, count, **given)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    torch.manual_seed(run.seed)
-    model.train()
-    losses = []
-    for _ in range(steps):
-        batch = next(batches)
-        with optimizer.sampled_params(train=True) if run.optimizer == "ivon" else nullcontext():
-            found = loss(batch)
-            found.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(found.item())
+    done = train.train(
+        optimizer,
+        model,
+        loss,
+        batches,
+        steps=steps,
+        seed=run.seed,
+        guard=train.InterruptGuard(),
+        on_step=lambda loss: None,
+    )
     model.eval()
-    return losses
+    return done.losses
 
 
 def by_words(run: Run, task: str) -> Outcome:

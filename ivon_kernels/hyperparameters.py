@@ -148,6 +148,16 @@ def lr_factor(group: Mapping[str, Any]) -> float:
     return float(group["hess_init"]) + float(group["weight_decay"]) if group["rescale_lr"] else 1.0
 
 
+def highest_lr(group: Mapping[str, Any]) -> float:
+    """The learning rate that a group's schedule starts from, as the user sets it: torch's schedules note it."""
+    return max(float(group["lr"]), float(group.get("initial_lr", 0.0)))
+
+
+def first_sigma(group: Mapping[str, Any]) -> float:
+    """The standard deviation of every weight of a group before the first step."""
+    return 1.0 / math.sqrt(float(group["ess"]) * (float(group["hess_init"]) + float(group["weight_decay"])))
+
+
 class GroupScalars:
     """What the parameter groups tell one launch, as struct GroupRow of csrc/rows.h.
 

@@ -45,12 +45,9 @@ def differences(
         scores: Which of the three.
     """
     right = labels.numpy()
-    base = _of_examples(rows[baseline].numpy(), right)
-    return {
-        name: {key: _less(key, _of_examples(found.numpy(), right), base) for key in scores}
-        for name, found in rows.items()
-        if name != baseline
-    }
+    parts = {name: _of_examples(found.numpy(), right) for name, found in rows.items()}
+    base = parts.pop(baseline)
+    return {name: {key: _less(key, one, base) for key in scores} for name, one in parts.items()}
 
 
 def table(found: Mapping[str, Mapping[str, Difference]]) -> pd.DataFrame:

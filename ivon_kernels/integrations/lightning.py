@@ -17,7 +17,7 @@ import torch
 from ivon_kernels.integrations.hooks import HookHandle
 from ivon_kernels.integrations.state_dict import save_mean
 from ivon_kernels.integrations.unfrozen import sample_unfrozen
-from ivon_kernels.integrations.voice import Voice
+from ivon_kernels.integrations.voice import Voice, count_examples
 from ivon_kernels.optimizer import IVON
 from ivon_kernels.training.samples import Closure
 
@@ -87,7 +87,7 @@ class IVONCallback(Callback):
             Voice(
                 optimizer,
                 steps=_planned(trainer, pl_module),
-                num_data=_count(trainer),
+                num_data=count_examples(trainer.train_dataloader),
                 speaks=trainer.is_global_zero,
                 said=self._said,
             )
@@ -206,14 +206,6 @@ def _planned(trainer: Trainer, module: LightningModule) -> int | None:
         return None
     steps = trainer.estimated_stepping_batches
     return int(steps) if steps > 0 and math.isfinite(steps) else None
-
-
-def _count(trainer: Trainer) -> int | None:
-    """The training examples, where they can be counted."""
-    try:
-        return len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
-    except (AttributeError, TypeError, NotImplementedError):
-        return None
 
 
 def _run_only(closure: Closure | None = None) -> Any:

@@ -31,7 +31,7 @@ from ivon_kernels.integrations.hooks import find_ivon
 from ivon_kernels.integrations.saving import copy_posterior, save_posterior, save_with_posterior
 from ivon_kernels.integrations.state_dict import save_mean
 from ivon_kernels.integrations.unfrozen import sample_unfrozen
-from ivon_kernels.integrations.voice import Voice
+from ivon_kernels.integrations.voice import Voice, count_examples
 from ivon_kernels.optimizer import IVON
 
 __all__ = ["IVONCallback", "IVONFactory", "ivon_of", "use_ivon"]
@@ -250,7 +250,7 @@ class IVONCallback(TrainerCallback):
         self._voice = Voice(
             ivon,
             steps=state.max_steps or None,
-            num_data=_count(context.get("train_dataloader")),
+            num_data=count_examples(context.get("train_dataloader")),
             speaks=state.is_world_process_zero,
             said=self._said,
         )
@@ -379,14 +379,6 @@ def _forward(optimizer: object, ivon: IVON) -> None:
     if optimizer is not ivon:
         for name in _FORWARDED:
             setattr(optimizer, name, getattr(ivon, name))
-
-
-def _count(dataloader: Any) -> int | None:
-    """The examples of a data loader, where they can be counted."""
-    try:
-        return len(dataloader.dataset)
-    except (AttributeError, TypeError, NotImplementedError):
-        return None
 
 
 def _ivon(optimizer: object) -> IVON:

@@ -8,11 +8,13 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
+from ivon_kernels.hyperparameters import first_sigma, highest_lr
 from ivon_kernels.optimizer import IVON
 from ivon_kernels.training.advice import Advice, told_another_size, warn_once
 
-__all__ = ["LossWatch", "Voice"]
+__all__ = ["LossWatch", "Voice", "count_examples"]
 
 EARLY = 10  # steps after which a run can be judged
 _FEWEST = 8  # losses
@@ -74,7 +76,7 @@ class Voice:
         """A loss was logged: say so if the run has fallen off."""
         self._losses.note(loss)
         if sentence := self._losses.fallen():
-            lr = _rate(self.ivon)
+            lr = max(map(highest_lr, self.ivon.param_groups))
             remedy = f"start again with a third of the learning rate (lr={lr / 3:.2g} instead of {lr:.2g})"
             self.warn([Advice(f"{sentence}: {remedy}", about="loss")])
 
@@ -94,16 +96,22 @@ class Voice:
             self.warn(sentence for sentence in found if isinstance(sentence, Advice))
 
 
+def count_examples(dataloader: Any) -> int | None:
+    """The examples of a data loader, where they can be counted."""
+    try:
+        return len(dataloader.dataset)
+    except (AttributeError, TypeError, NotImplementedError):  # no loader, no dataset, or a stream
+        return None
+
+
 def chosen(ivon: IVON) -> str:
     """The settings of an optimizer, in a line."""
     trained = [param for group in ivon.param_groups for param in group["params"] if param.requires_grad]
     groups = [group for group in ivon.param_groups if group["params"]]
     lines = []
     for group in groups:
-        hess, decay = float(group["hess_init"]), float(group["weight_decay"])
-        sigma = 1.0 / math.sqrt(float(group["ess"]) * (hess + decay))
-        settings = f"lr {max(float(group['lr']), float(group.get('initial_lr', 0.0))):.4g}, sigma {sigma:.2g}"
-        settings += f", ess {float(group['ess']):.3g}, hess_init {hess:.3g}"
+        settings = f"lr {highest_lr(group):.4g}, sigma {first_sigma(group):.2g}"
+        settings += f", ess {float(group['ess']):.3g}, hess_init {float(group['hess_init']):.3g}"
         if math.isfinite(float(group["clip_radius"])):
             settings += f", clip_radius {float(group['clip_radius']):g}"
         lines.append(settings)
@@ -130,10 +138,6 @@ class _ToStderr(logging.Handler):
         others = [handler for handler in _log.handlers if handler is not self]
         if not others and not logging.getLogger().handlers:
             sys.stderr.write(f"{self.format(record)}\n")
-
-
-def _rate(ivon: IVON) -> float:
-    return max(max(float(group["lr"]), float(group.get("initial_lr", 0.0))) for group in ivon.param_groups)
 
 
 class LossWatch:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from ivon_kernels.backends.state import ParamState
-from ivon_kernels.hyperparameters import lr_factor
+from ivon_kernels.hyperparameters import first_sigma, highest_lr, lr_factor
 from ivon_kernels.training import diagnostics
 from ivon_kernels.training.diagnostics import Elements
 
@@ -135,12 +135,12 @@ class _Facts(NamedTuple):
     @property
     def height(self) -> float:
         """The same as the user sets it."""
-        return max(float(self.group["lr"]), float(self.group.get("initial_lr", 0.0)))
+        return highest_lr(self.group)
 
     @property
     def first_sigma(self) -> float:
         """Of every weight, before the first step."""
-        return 1.0 / math.sqrt(float(self.group["ess"]) * (self.hess_init + float(self.group["weight_decay"])))
+        return first_sigma(self.group)
 
     @property
     def hess_init(self) -> float:

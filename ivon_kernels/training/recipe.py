@@ -163,11 +163,12 @@ def arrange(params: ParamsT | nn.Module, wanted: Wanted) -> list[dict[str, Any]]
     names tell them apart: of a module, of named parameters. Groups that were made already stay as they are.
     """
     groups = _groups(params)
-    factors = [_is_factor(group["params"]) for group in groups]
+    sizes = [_sizes(_trained(group["params"])) for group in groups]
+    factors = [_is_factor(group["params"], of_each) for group, of_each in zip(groups, sizes, strict=True)]
     arranged = []
-    for group, lora in zip(groups, factors, strict=True):
+    for group, lora, of_each in zip(groups, factors, sizes, strict=True):
         kind: Kind = "lora" if lora else "beside" if any(factors) else "whole"
-        arranged.append({**wanted.settings(kind, _size(_trained(group["params"]))), **group})
+        arranged.append({**wanted.settings(kind, _size(of_each)), **group})
     return arranged
 
 
@@ -196,18 +197,17 @@ def _named_factor(item: Any) -> bool:
     return isinstance(item, tuple) and _FACTOR.search(str(item[0])) is not None
 
 
-def _is_factor(params: Sequence[Any]) -> bool:
+def _is_factor(params: Sequence[Any], sizes: Sequence[float]) -> bool:
     """Whether a group holds LoRA's factors: by name, or without names by matrices that start at zero."""
     if any(isinstance(item, tuple) for item in params):
         return any(map(_named_factor, params))
-    trained = _trained(params)
-    return any(size == 0 and param.ndim == 2 for size, param in zip(_sizes(trained), trained, strict=True))
+    return any(size == 0 and param.ndim == 2 for size, param in zip(sizes, _trained(params), strict=True))
 
 
-def _size(params: Sequence[Tensor]) -> float:
+def _size(sizes: Iterable[float]) -> float:
     """The typical root mean square of the tensors that are not zero: their median. 0 where all are."""
-    sizes = sorted(size for size in _sizes(params) if 0 < size < math.inf)
-    return sizes[len(sizes) // 2] if sizes else 0.0
+    found = sorted(size for size in sizes if 0 < size < math.inf)
+    return found[len(found) // 2] if found else 0.0
 
 
 @torch.no_grad()
