@@ -34,10 +34,11 @@ STEP = 0.5  # how far a step takes a weight, in AdamW's learning rates
 STEP_IN_SIZES = 0.04  # and how far it may take one of LoRA's, in sizes of these: beyond lies a cliff
 CLIP_RADIUS = 1e-4
 HESS = 0.04
-PER_EPOCH = 0.15  # sigma in sizes of the weights for each time that an example is seen, at least once ...
+PER_EPOCH = 0.2  # sigma in sizes of the weights for each time that an example is seen, at least once ...
 EPOCHS = 10.0  # ... and at most so many times
 EXAMPLES = 200.0  # for up to so many examples; beyond, it goes as one over the root of their number
-MOST = {"lora": 1.5, "whole": 1.0, "beside": 0.1}  # the largest of these ratios, by what the weights are
+MOST = {"lora": 2.0, "whole": 1.0, "beside": 0.1}  # the largest of these ratios, by what the weights are
+OF_PRODUCT = 0.31  # and of LoRA's sigma in square roots of their size: what is added to the frozen weights is a product
 IN_TRAVELS = 1.5  # sigma in ways that a weight can go, at most
 BATCH = 8  # where only steps and examples are known
 SIGMA = 0.01  # of weights that are all zero
@@ -138,6 +139,8 @@ class Wanted:
             epochs = 1.0 if self.steps is None else BATCH * self.steps / self.num_data
         ratio = PER_EPOCH * min(max(epochs, 1.0), EPOCHS) * min(1.0, (EXAMPLES / self.num_data) ** 0.5)
         sigma = size * min(ratio, MOST[kind]) if size else SIGMA
+        if kind == "lora" and size:
+            sigma = min(sigma, OF_PRODUCT * size**0.5)
         return sigma if self.steps is None else min(sigma, IN_TRAVELS * step * self.steps / 2)
 
     def _noise(self, sigma: float) -> tuple[float, float]:
