@@ -208,7 +208,7 @@ class IVON(Optimizer):
             steps: Optimizer steps of the whole run.
             epochs: How often each example is seen; None is ``8 * steps / num_data``, of batches of 8.
             sigma: Standard deviation that the noise of LoRA's weights starts with, ``1 / sqrt(ess * hess_init)``. None
-                is 0.15 of the size of the weights for each of up to ten epochs, and beyond 200 examples goes as one
+                is 0.2 of the size of the weights for each of up to ten epochs, and beyond 200 examples goes as one
                 over the root of their number; it is no more than the run can learn against.
             recipe: ``"paper"`` is the recipe of arXiv 2411.04421, made for 10,000 steps and a linear schedule to zero:
                 lr 0.03, clip_radius 1e-3, beta2 0.99999, and by `ess` one of its three pairs: ess 1e6 with hess_init

@@ -48,6 +48,8 @@ def load_model(name: str | None, *, device: torch.device, in_8bit: bool) -> tupl
     except Exception as error:  # transformers, safetensors, gguf and the hub raise many kinds; all mean the same here
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"Cannot read the model '{name or BUNDLED}': {reason}") from error
+    if gguf:
+        model.is_quantized = False  # its weights were expanded, and a Trainer would refuse to train it
     return (model if in_8bit else model.to(device)), tokenizer
 
 
