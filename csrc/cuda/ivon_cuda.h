@@ -63,7 +63,7 @@ struct IvonCudaCall {
   int64_t* mailbox;  // host memory that the device writes to
   const IvonCudaTensor* tensors;
   int64_t count;
-  int64_t device;
+  int64_t device;  // becomes the current one of this library, and stays that
 };
 
 IVON_EXPORT int ivon_cuda_abi(void);

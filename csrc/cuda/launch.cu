@@ -54,37 +54,16 @@ Limits limits() {
           lower(small ? SmallArguments::kRows : Full::kRows, lowered.rows), lower(kMaxBlocks, lowered.blocks)};
 }
 
-// Makes a device the current one, and afterwards the one that was.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int64_t device) {
-#if !defined(IVON_EMULATE)
-    if (stub) return;
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device) {
-      error_ = cudaSetDevice(static_cast<int>(device));
-      switched_ = error_ == cudaSuccess;
-    }
+// Makes a device the current one of this library's CUDA runtime. It stays that: making the one before current again would
+// give a device that nobody may use a context. The caller switches torch's, where it is another, and back.
+cudaError_t use_device(int64_t device) {
+#if defined(IVON_EMULATE)
+  static_cast<void>(device);
+  return cudaSuccess;
 #else
-    static_cast<void>(device);
+  return stub ? cudaSuccess : cudaSetDevice(static_cast<int>(device));
 #endif
-  }
-  ~DeviceGuard() {
-#if !defined(IVON_EMULATE)
-    if (switched_) cudaSetDevice(before_);
-#endif
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  cudaError_t error_ = cudaSuccess;
-#if !defined(IVON_EMULATE)
-  int before_ = 0;
-  bool switched_ = false;
-#endif
-};
+}
 
 KeyTable key_table(uint64_t seed) {
   const RoundKeys keys{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
@@ -263,8 +242,8 @@ cudaError_t run(const IvonCudaCall& call, bool final) {
 
 template <Operation kOperation>
 int run(const IvonCudaCall& call) {
-  const DeviceGuard guard(call.device);
-  if (guard.error() != cudaSuccess) return static_cast<int>(guard.error());
+  const cudaError_t unusable = use_device(call.device);
+  if (unusable != cudaSuccess) return static_cast<int>(unusable);
   if constexpr (kDraws<kOperation>) {
     int64_t gathered = 0;
     for (int64_t i = 0; i < call.count; ++i) gathered += is_gathered(call.tensors[i]);
@@ -340,8 +319,8 @@ int ivon_cuda_load(int64_t device) {
   return 0;
 #else
   if (stub) return 0;
-  const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return static_cast<int>(guard.error());
+  const cudaError_t unusable = use_device(device);
+  if (unusable != cudaSuccess) return static_cast<int>(unusable);
   for (const auto load : {load_kernels<kSample>, load_kernels<kRestore>, load_kernels<kCheck>,
                           load_kernels<kAccumulate>, load_kernels<kStep>}) {
     const cudaError_t error = load();
@@ -360,8 +339,8 @@ int ivon_cuda_step(const IvonCudaCall* call) { return run<kStep>(*call); }
 int ivon_cuda_normals(float* out, int64_t numel, uint64_t seed, int64_t step, int64_t sample, int64_t replica,
                       int64_t param, int64_t start, int64_t device, void* stream) {
   if (numel == 0) return 0;
-  const DeviceGuard guard(device);
-  if (guard.error() != cudaSuccess) return static_cast<int>(guard.error());
+  const cudaError_t unusable = use_device(device);
+  if (unusable != cudaSuccess) return static_cast<int>(unusable);
   const KeyTable keys = key_table(seed);
   uint32_t step_word = static_cast<uint32_t>(step), sample_word = sample_replica(sample, replica);
   uint32_t param_word = static_cast<uint32_t>(param);

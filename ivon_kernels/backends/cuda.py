@@ -253,6 +253,16 @@ class CudaBackend(DeviceBackend):
             plan.note_summed(launch.summed)
         elif operation == "accumulate":
             plan.point_to_sums()
+        if plan.index >= 0 and torch._C._cuda_getDevice() != plan.index:
+            with torch.cuda.device(plan.index):  # the library makes it current: torch has to know, and to go back
+                self._run(plan, operation, launch, draw, adopt, draw_next, guard)
+        else:
+            self._run(plan, operation, launch, draw, adopt, draw_next, guard)
+
+    def _run(
+        self, plan: _Plan, operation: str, launch: Launch, draw: Draw, adopt: bool, draw_next: bool, guard: Guard
+    ) -> None:
+        """Launch on the current device."""
         stream = 0 if plan.index < 0 else torch._C._cuda_getCurrentRawStream(plan.index)
         last = plan.parts[-1]
         function = self._functions[operation]
@@ -283,7 +293,8 @@ class CudaBackend(DeviceBackend):
         if not self._functions:
             self._functions = {name: getattr(library, f"ivon_cuda_{name}") for name in _OPERATIONS}
         if plan.index not in self._loaded:
-            code = library.ivon_cuda_load(plan.index)
+            with torch.cuda.device(plan.index):  # nothing where it is -1
+                code = library.ivon_cuda_load(plan.index)
             if code:
                 self._fail("loading the kernels", plan.device, code)
             self._loaded.add(plan.index)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,26 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# Pinned memory has one address for host and device, so a kernel can write to it without a copy or a wait. Nobody knows
+# whether one is still to write when an optimizer is dropped: its 16 bytes stay, and are never given to another.
+_PER_PAGE = 256
+_pages: list[Tensor] = []
+_numbers = itertools.count()
+_lock = threading.Lock()
+
+
+def _new_page() -> Tensor:
+    return torch.zeros(_PER_PAGE, 2, dtype=torch.int64, pin_memory=True)
+
+
+def _pinned_mailbox() -> Tensor:
+    with _lock:
+        page, place = divmod(next(_numbers), _PER_PAGE)
+        if page == len(_pages):
+            _pages.append(_new_page())
+        return _pages[page][place]
+
+
 class DeviceFlags:
     """What the kernels of one optimizer share on one device, and how they tell the host of a step that they skipped.
 
@@ -42,8 +64,7 @@ class DeviceFlags:
     def __init__(self, device: torch.device) -> None:
         self.block = torch.zeros(BLOCK_SIZE, dtype=torch.int64, device=device)
         self.block[BAD] = NOTHING_BAD
-        # Pinned memory has one address for host and device, so a kernel can write to it without a copy or a wait.
-        self.mailbox = torch.zeros(2, dtype=torch.int64, pin_memory=device.type != "cpu")
+        self.mailbox = torch.zeros(2, dtype=torch.int64) if device.type == "cpu" else _pinned_mailbox()
         self._letters = (ctypes.c_int64 * 2).from_address(self.mailbox.data_ptr())  # read without a tensor operation
         self.seen = 0
 

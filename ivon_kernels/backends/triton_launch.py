@@ -109,12 +109,13 @@ class Mirror:
             return
         while len(self._spare) < _SPARE:
             self._spare.append(_pinned(size))
+        module = torch.get_device_module(self.device)
         if not self._ring or not self._ring[0][1].query():
-            self._ring.insert(0, (_pinned(size), torch.get_device_module(self.device).Event()))
+            self._ring.insert(0, (_pinned(size), module.Event()))
         pinned, event = self._ring.pop(0)
         _copy(content, pinned)
         self._table.copy_(pinned, non_blocking=True)
-        event.record()
+        event.record(module.current_stream(self.device))  # the copy's: the current device may be another
         self._ring.append((pinned, event))
 
     def _capture(self) -> int:

@@ -5,6 +5,7 @@ The emulator is the same source file: the same packed arguments and chunks, with
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -142,3 +143,29 @@ def test_the_step_may_be_given(cuda: CudaBackend) -> None:
 def test_bias_correction_at_any_step(cuda: CudaBackend, steps: int) -> None:
     weights = [randn(40), randn(40), randn(40)]
     train(both(cuda, weights, steps=steps, groups=GROUPS), grads_like(weights))
+
+
+@pytest.mark.parametrize("current", [1, 0])
+def test_a_launch_switches_torch_to_its_device_and_back(monkeypatch: pytest.MonkeyPatch, current: int) -> None:
+    """torch goes back to the device before without giving it a context; the library does not go back at all."""
+    backend = backend_on("emulator")
+    _, side = both(backend, [randn(40)])
+    side.backend.sample(side.list, DRAW, True)
+    side.list.cache.index = 1  # as of parameters on a second GPU
+    now, seen = [current], []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, now[0] = now[0], index
+        yield
+        now[0] = before
+
+    def stream(index: int) -> int:
+        seen.append((index, now[0]))
+        return 0
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: now[0], raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", stream, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    side.backend.restore(side.list)
+    assert seen == [(1, 1)] and now == [current]

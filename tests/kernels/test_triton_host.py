@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ivon_kernels.backends import triton_launch
+from ivon_kernels.backends import state, triton_launch
 from ivon_kernels.backends.triton_launch import Kernel, Mirror
 
 
@@ -19,9 +20,10 @@ class _Event:
 
     def __init__(self) -> None:
         self.done = False
+        self.stream: object = None
 
-    def record(self) -> None:
-        self.done = False
+    def record(self, stream: object = "of the current device") -> None:
+        self.done, self.stream = False, stream
 
     def query(self) -> bool:
         return self.done
@@ -35,7 +37,8 @@ class _World:
         self.events: list[_Event] = []
         self.content = array("q", [0, 0])
         monkeypatch.setattr(triton_launch, "_pinned", self._pin)
-        monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(Event=self._event))
+        module = SimpleNamespace(Event=self._event, current_stream=lambda device: f"of {device}")
+        monkeypatch.setattr(torch, "get_device_module", lambda device: module)
         self.mirror = Mirror(torch.device("meta"), lambda: self.content)
 
     def _pin(self, size: int) -> Tensor:
@@ -73,6 +76,13 @@ def test_buffers_on_their_way_are_not_written(monkeypatch: pytest.MonkeyPatch) -
     assert [value for value in world.values() if value] == [4, 2, 3]
     world.upload(5)
     assert [value for value in world.values() if value] == [4, 2, 3, 5]
+
+
+def test_the_copys_own_stream_says_when_a_buffer_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several GPUs the current device may be another than the table's."""
+    world = _World(monkeypatch)
+    world.upload(1)
+    assert [event.stream for event in world.events] == ["of meta"]
 
 
 def test_graphs_keep_their_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +161,21 @@ def test_compiled_kernels_are_called_directly(monkeypatch: pytest.MonkeyPatch) -
     kernel.launch(3, (1, 2))
     kernel.launch(3, (1, 2))
     assert len(launched) == 3
+
+
+def test_a_mailbox_is_never_given_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report of a step may still be under way when its optimizer is dropped."""
+    pages: list[Tensor] = []
+
+    def page() -> Tensor:
+        pages.append(torch.zeros(state._PER_PAGE, 2, dtype=torch.int64))
+        return pages[-1]
+
+    monkeypatch.setattr(state, "_new_page", page)
+    monkeypatch.setattr(state, "_pages", [])
+    monkeypatch.setattr(state, "_numbers", itertools.count())
+    addresses = [state._pinned_mailbox().data_ptr() for _ in range(2 * state._PER_PAGE + 1)]  # dropped at once
+    assert len(pages) == len(state._pages) == 3
+    assert len(set(addresses)) == len(addresses)
+    pages[0][:] = 1  # late
+    assert state._pinned_mailbox().tolist() == [0, 0]
