@@ -10,11 +10,14 @@ namespace IVON_ISA {
 enum Operation { kSample, kRestore, kCheck, kAccumulate, kStep };
 
 constexpr uint32_t kThreads = 256;
-constexpr uint32_t kQuads = 2;  // of 4 elements, per thread
+// Quads of 4 elements that a thread does, one after the other. What a block finds out first takes about a microsecond:
+// launches with more blocks than the device holds at a time many times over give each block more of them.
+constexpr uint32_t kFewestQuads = 2, kMostQuads = 8;
+constexpr int64_t kManyBlocks = 4096;
 // With fewer registers per thread the step would spill; 24 warps per multiprocessor hide the latency of its loads.
 constexpr uint32_t kResidentBlocks = 3;
-constexpr uint32_t kChunkSize = kThreads * kQuads * 4;  // elements per block
-constexpr int64_t kNothingBad = int64_t{1} << 62;       // as NOTHING_BAD of ivon_kernels/backends/device.py
+constexpr uint32_t kLargestChunk = kThreads * kMostQuads * 4;  // elements per block
+constexpr int64_t kNothingBad = int64_t{1} << 62;              // as NOTHING_BAD of ivon_kernels/backends/device.py
 
 enum ControlWord { kBad, kDone, kSkipped };
 
@@ -63,7 +66,10 @@ struct CallHeader {
   uint32_t sample_replica;
   uint32_t count;   // tensors
   uint32_t blocks;  // chunks of all of them
+  uint32_t quads;   // per thread
   bool adopt, draw_next, final, report;
+
+  IVON_FN uint32_t chunk() const { return kThreads * 4 * quads; }  // elements of a block
 };
 
 struct BlockContext;

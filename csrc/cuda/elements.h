@@ -24,6 +24,11 @@ template <class T>
 IVON_FN T load_streaming(const T* from) {
   return __ldcs(from);
 }
+// What the check reads the step reads next.
+template <class T>
+IVON_FN T load_again(const T* from) {
+  return __ldcg(from);
+}
 template <class T>
 IVON_FN void store_streaming(T* to, T value) {
   __stcs(to, value);
@@ -42,6 +47,10 @@ struct alignas(8) Half4 {
 };
 template <class T>
 IVON_FN T load_streaming(const T* from) {
+  return *from;
+}
+template <class T>
+IVON_FN T load_again(const T* from) {
   return *from;
 }
 template <class T>
@@ -69,6 +78,19 @@ IVON_FN void store_state(float* state, int64_t at, int n, const Quad& q) {
   for (int i = 0; i < 3; ++i) {
     if (i < n) store_streaming(state + at + i, q.v[i]);
   }
+}
+
+IVON_FN bool all_set(uint32_t word, uint32_t bits) { return (word & bits) == bits; }
+IVON_FN bool all_set(float x, uint32_t bits) { return all_set(static_cast<uint32_t>(Lane<float>::bits(x)), bits); }
+
+// Whether one of four elements is inf or nan: all bits of its exponent are set.
+IVON_FN bool nonfinite(const Float4& q, uint32_t exponent) {
+  return all_set(q.x, exponent) | all_set(q.y, exponent) | all_set(q.z, exponent) | all_set(q.w, exponent);
+}
+
+IVON_FN bool nonfinite(const Half4& q, uint32_t low) {
+  const uint32_t high = low << 16;
+  return all_set(q.x, low) | all_set(q.x, high) | all_set(q.y, low) | all_set(q.y, high);
 }
 
 // Storage offset of an element under strides.

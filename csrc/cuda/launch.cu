@@ -54,8 +54,8 @@ Limits limits() {
           lower(small ? SmallArguments::kRows : Full::kRows, lowered.rows), lower(kMaxBlocks, lowered.blocks)};
 }
 
-// Makes a device the current one of this library's CUDA runtime. It stays that: making the one before current again would
-// give a device that nobody may use a context. The caller switches torch's, where it is another, and back.
+// Makes a device the current one of this library's CUDA runtime. It stays that: making the one before current again
+// would give a device that nobody may use a context. The caller switches torch's, where it is another, and back.
 cudaError_t use_device(int64_t device) {
 #if defined(IVON_EMULATE)
   static_cast<void>(device);
@@ -93,6 +93,7 @@ CallHeader make_header(const IvonCudaCall& call) {
           sample_replica(call.sample, call.replica),
           0,
           0,
+          0,
           call.adopt != 0,
           call.draw_next != 0,
           false,
@@ -105,12 +106,13 @@ bool aligned(int64_t address, int64_t dtype) { return address % (dtype == IVON_F
 template <Operation kOperation, bool kGathered>
 class Packer {
  public:
-  explicit Packer(const IvonCudaCall& call) : call_(call), limits_(limits<Full>()), table_(call.rows) {
+  Packer(const IvonCudaCall& call, uint32_t quads) : call_(call), limits_(limits<Full>()), table_(call.rows) {
     full_.call = make_header(call);
+    full_.call.quads = quads;
   }
 
   cudaError_t add(const IvonCudaTensor& t) {
-    const int64_t chunks = (t.numel + kChunkSize - 1) / kChunkSize;
+    const int64_t chunk = full_.call.chunk(), chunks = (t.numel + chunk - 1) / chunk;
     TensorRecord record = make_record(t);
     int64_t done = 0;
     do {
@@ -225,10 +227,22 @@ class Packer {
 // Whether a tensor is a shard for GatheredArguments.
 bool is_gathered(const IvonCudaTensor& t) { return t.numel != 0 && (t.run < t.numel || t.start % 4 != 0); }
 
+// How much a thread does: more where there are many elements, and all that it can where it only looks at them.
+template <Operation kOperation>
+uint32_t quads_for(const IvonCudaCall& call) {
+  if (kOperation == kCheck) return kMostQuads;
+  const int64_t many = lower(kManyBlocks, lowered.blocks);
+  int64_t elements = 0;
+  for (int64_t i = 0; i < call.count; ++i) elements += call.tensors[i].numel;
+  uint32_t quads = kFewestQuads;
+  while (quads < kMostQuads && elements > 2 * many * quads * kThreads * 4) quads *= 2;
+  return quads;
+}
+
 // Launches an operation on the tensors of one kind.
 template <Operation kOperation, bool kGathered>
 cudaError_t run(const IvonCudaCall& call, bool final) {
-  Packer<kOperation, kGathered> packer(call);
+  Packer<kOperation, kGathered> packer(call, quads_for<kOperation>(call));
   for (int64_t i = 0; i < call.count; ++i) {
     const IvonCudaTensor& t = call.tensors[i];
     if (kDraws<kOperation> && is_gathered(t) != kGathered) continue;

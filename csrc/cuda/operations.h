@@ -27,7 +27,9 @@ struct GatheredContext : BlockContext {
 };
 
 IVON_FN bool skips(const CallHeader& call) {
-  return call.control[kBad] != kNothingBad || (call.found_inf != nullptr && *call.found_inf != 0.0f);
+  const int64_t bad = call.control[kBad];
+  const float found_inf = call.found_inf != nullptr ? *call.found_inf : 0.0f;
+  return (bad != kNothingBad) | (found_inf != 0.0f);  // both loads at once
 }
 
 // The tensor of a block: the last one whose first block is not after it. Empty tensors share their first block with the
@@ -55,18 +57,19 @@ IVON_FN void find_noise(const GatheredArguments& args, uint32_t which, GatheredC
   const int64_t run = args.runs[which].run, pitch = args.runs[which].pitch, left = run - c.begin % run;
   c.gap = pitch - run;
   c.first = c.tensor.start + c.begin + c.begin / run * c.gap;
-  c.left = static_cast<uint32_t>(left < kChunkSize ? left : kChunkSize);
-  c.run = static_cast<uint32_t>(run < kChunkSize ? run : kChunkSize);
+  c.left = static_cast<uint32_t>(left < kLargestChunk ? left : kLargestChunk);
+  c.run = static_cast<uint32_t>(run < kLargestChunk ? run : kLargestChunk);
   c.aligned = (c.tensor.start | run | pitch) % 4 == 0;
 }
 
 template <Operation kOperation, class Args>
 IVON_FN void prepare(const Args& args, uint32_t block, typename Args::Context& c) {
   const CallHeader& call = args.call;
+  const bool skip = kOperation == kStep && skips(call);  // first: its loads are on their way during the search
   const uint32_t which = find_tensor(args, block);
   c.tensor = args.tensors[which];
-  c.begin = (static_cast<int64_t>(c.tensor.first_chunk) + block - args.first_block[which]) * kChunkSize;
-  c.skip = kOperation == kStep && skips(call);
+  c.begin = (static_cast<int64_t>(c.tensor.first_chunk) + block - args.first_block[which]) * call.chunk();
+  c.skip = skip;
   if (kOperation == kRestore || kOperation == kCheck) return;
   find_noise(args, which, c);
   const int64_t step = call.steps[c.tensor.position];
@@ -158,6 +161,20 @@ IVON_FN void sample_quad(const CallHeader& call, const Context& c, int64_t at, i
   store(param, at, n, eps);
 }
 
+// The whole chunk of a block, in memory order and aligned. There is nothing to do while the loads are on their way, so
+// that all of a thread's are.
+template <class Vector>
+IVON_FN bool nonfinite_chunk(const BlockContext& c, uint32_t thread, uint32_t exponent) {
+  const Vector* from = static_cast<const Vector*>(c.tensor.grad) + c.begin / 4 + thread;
+  Vector quads[kMostQuads];
+  IVON_UNROLL
+  for (uint32_t i = 0; i < kMostQuads; ++i) quads[i] = load_again(from + i * kThreads);
+  bool found = false;
+  IVON_UNROLL
+  for (uint32_t i = 0; i < kMostQuads; ++i) found |= nonfinite(quads[i], exponent);
+  return found;
+}
+
 IVON_FN bool nonfinite_quad(const BlockContext& c, int64_t at, int n) {
   const Quad grad = load(grad_of(c.tensor), at, n);
   bool found = false;
@@ -239,10 +256,15 @@ IVON_FN void step_quad(const CallHeader& call, const Context& c, int64_t at, int
 template <Operation kOperation, class Context>
 IVON_FN bool work(const CallHeader& call, const Context& c, uint32_t thread) {
   bool found = false;
+  if (kOperation == kCheck && c.tensor.has(kGradVector) && c.begin + kLargestChunk <= c.tensor.numel) {
+    const int64_t dtype = c.tensor.grad_dtype();
+    if (dtype == IVON_FLOAT32) return nonfinite_chunk<Float4>(c, thread, 0x7f800000u);
+    return nonfinite_chunk<Half4>(c, thread, dtype == IVON_BFLOAT16 ? 0x7f80u : 0x7c00u);
+  }
 #if defined(__CUDACC__)
 #pragma unroll 1
 #endif
-  for (uint32_t quad = 0; quad < kQuads; ++quad) {
+  for (uint32_t quad = 0; quad < call.quads; ++quad) {
     const int64_t at = c.begin + (quad * kThreads + thread) * 4;
     const int64_t left = c.tensor.numel - at;
     if (left <= 0) break;

@@ -73,9 +73,11 @@ def test_learning_rate_on_the_device(cuda: CudaBackend) -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("at", [0, 2050, 2999])
+@pytest.mark.parametrize(
+    "at", [0, 2050, 8191, 8192, 8999]
+)  # a chunk has 8192, looked at in another way when it is whole
 def test_check_finds_the_first_bad_gradient(cuda: CudaBackend, dtype: torch.dtype, value: float, at: int) -> None:
-    weights = [randn(10), randn(3000), randn(3000), randn(0)]
+    weights = [randn(10), randn(9000), randn(9000), randn(0)]
     _, device = both(cuda, weights, indices=[7, 9, 8, 3])
     grads: list[Tensor | None] = [None, *grads_like(weights[1:], dtype)]
     device.set_grads(grads)
@@ -167,6 +169,19 @@ def test_many_launches_are_as_one(cuda: CudaBackend, limits: tuple[int, int, int
     for side in sides:
         side.backend.restore(side.list)
     assert_same(*sides)
+
+
+@pytest.mark.parametrize("blocks", [2, 4, 8])
+def test_threads_of_large_launches_do_more(cuda: CudaBackend, blocks: int) -> None:
+    """From twice as many blocks as are many on, here lowered, a block's chunk is 4096 elements, and then 8192."""
+    weights = [randn(n) for n in (40001, 5, 17000)]
+    sides = both(cuda, weights, groups=GROUPS)
+    cuda.library.ivon_cuda_set_limits(0, 0, blocks)
+    before = cuda.library.ivon_cuda_launches()
+    train(sides, grads_like(weights))
+    chunk = {2: 8192, 4: 8192, 8: 4096}[blocks]
+    chunks = sum(-(-w.numel() // chunk) for w in weights)
+    assert cuda.library.ivon_cuda_launches() - before == 4 * -(-chunks // blocks)
 
 
 @pytest.mark.parametrize(
