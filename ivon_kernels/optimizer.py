@@ -21,6 +21,7 @@ from ivon_kernels.backends import Draw
 from ivon_kernels.hyperparameters import OPTIMIZER_KEYS, advice_on_decay
 from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES, check_sample, whole_number
 from ivon_kernels.training import advice, diagnostics, pickling, replicas
+from ivon_kernels.training.hooked import hooked
 from ivon_kernels.training.parameters import Parameters
 from ivon_kernels.training.recipe import SETTINGS, Wanted, arrange
 from ivon_kernels.training.samples import Closure, NonFinite, Samples
@@ -576,6 +577,7 @@ class IVON(Optimizer):
             self._samples.fold()
         super().zero_grad(set_to_none)
 
+    @hooked
     @_disable_dynamo
     def step(self, closure: Closure | None = None) -> Any:
         """Update the posterior from the gradients of the samples drawn since the last step; the weights get the mean.

@@ -83,6 +83,8 @@ class Selection:
         """All launches, and whether theirs are other states than those of before."""
         if before is self.states:
             return [(launch, False) for launch in self.launches]
+        if not before:
+            return [(launch, True) for launch in self.launches]
         known = set(before)
         old, new = ([state for state in self.states if (state in known) is is_old] for is_old in (True, False))
         return [(launch, False) for launch in self.part(old)] + [(launch, True) for launch in self.part(new)]

@@ -31,7 +31,7 @@ SETTINGS = ("lr", "ess", "hess_init", "clip_radius", "beta2")  # what the recipe
 
 LEARNING_RATE = 1e-3  # the default of torch.optim.AdamW
 STEP = 0.5  # how far a step takes a weight, in AdamW's learning rates
-STEP_IN_SIZES = 0.04  # and how far it may take one of LoRA's, in sizes of these: beyond lies a cliff
+STEP_IN_SIZES = 0.04  # and how far it may take one of LoRA's or beside them, in sizes of these: beyond lies a cliff
 CLIP_RADIUS = 1e-4
 HESS = 0.04
 PER_EPOCH = 0.2  # sigma in sizes of the weights for each time that an example is seen, at least once ...
@@ -113,7 +113,7 @@ class Wanted:
     def _translated(self, kind: Kind, size: float) -> dict[str, float]:
         clip = CLIP_RADIUS if self.clip_radius is None else self.clip_radius
         step = STEP * (LEARNING_RATE if self.learning_rate is None else self.learning_rate)
-        if kind == "lora" and size:
+        if kind != "whole" and size:
             step = min(step, STEP_IN_SIZES * size)
         if self.lr is not None:
             step = self.lr * clip

@@ -46,10 +46,12 @@ def test_adamws_learning_rate_decides_the_step() -> None:
     assert step(whole) == pytest.approx(0.5e-3)  # torch's default for AdamW
 
 
-def test_a_step_of_loras_weights_stays_below_their_size() -> None:
+def test_a_step_stays_below_the_size_of_the_weights() -> None:
     factors, beside = IVON.for_lora(Adapted(), 200, learning_rate=0.1, steps=500).param_groups
     assert step(factors) == pytest.approx(0.04 * SIZE)
-    assert step(beside) == pytest.approx(0.05)
+    assert step(beside) == pytest.approx(0.04)  # of a norm's ones
+    (whole,) = IVON.for_lora(parameters(3), 200, learning_rate=0.1, steps=500).param_groups
+    assert step(whole) == pytest.approx(0.05)
 
 
 def test_what_is_trained_beside_lora_is_a_group_of_its_own() -> None:

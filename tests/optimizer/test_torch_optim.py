@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ivon_kernels import IVON
 from tests.support.helpers import (
@@ -45,6 +46,51 @@ def test_hooks_of_torch_optim_run(backend: str) -> None:
     train(optimizer, params, 1)
     optimizer.load_state_dict(optimizer.state_dict())
     assert calls == ["step pre", "step post", "save pre", "save post", "load pre", "load post"]
+
+
+def test_step_hooks_are_called_as_torch_calls_them() -> None:
+    """The same calls, in the same order, with the same arguments as for AdamW; torch leaves our step as it is."""
+    calls: list[tuple[object, ...]] = []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda optimizer, args, kwargs: calls.append((name, len(args), sorted(kwargs)))
+
+    def without_closure(_: Any, args: Any, kwargs: Any) -> Any:
+        return args[:1], {}
+
+    def made(kind: Any) -> list[tuple[object, ...]]:
+        calls.clear()
+        params = parameters(3)
+        optimizer = kind(params)
+        handles = [register_optimizer_step_pre_hook(note("all before")), register_optimizer_step_post_hook(note("all"))]
+        optimizer.register_step_pre_hook(without_closure)
+        optimizer.register_step_pre_hook(note("before"))
+        optimizer.register_step_post_hook(note("after"))
+        if isinstance(optimizer, IVON):
+            optimizer.train()
+        sum(p.sum() for p in params).backward()  # type: ignore[union-attr]
+        optimizer.step(closure=lambda: pytest.fail("the hook has taken it out"))
+        for handle in handles:
+            handle.remove()
+        return list(calls)
+
+    assert made(lambda params: IVON(params, 0.1, 10.0)) == made(torch.optim.AdamW) != []
+    assert IVON.step.__module__ == "ivon_kernels.optimizer"
+
+
+def test_a_step_is_in_the_profile() -> None:
+    optimizer, params = two_groups("reference")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(optimizer, params, 2)
+    (record,) = [event for event in profile.key_averages() if event.key == "Optimizer.step#IVON.step"]
+    assert record.count == 2
+
+
+def test_a_pre_hook_with_another_answer_is_refused() -> None:
+    optimizer, params = two_groups("reference")
+    optimizer.register_step_pre_hook(lambda *_: 3)  # type: ignore[arg-type, return-value]
+    with pytest.raises(RuntimeError, match="must return None or a tuple of"):
+        train(optimizer, params, 1)
 
 
 def test_hooks_may_replace_the_dict(backend: str) -> None:
