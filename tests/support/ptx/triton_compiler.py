@@ -1,0 +1,54 @@
+"""Compiles Triton's kernels to PTX as their first launch would, without a GPU and without a machine code.
+
+Run as a program it takes jobs from stdin (JSON, one a line) and answers each with PTX and the bytes of shared memory.
+Triton decides about its interpreter when it is imported, and the process of the tests may have chosen that.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+
+def _only_ptx() -> None:
+    """No assembler: it takes as long as all the rest."""
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    CUDABackend.make_cubin = lambda *args, **options: b""
+
+
+def _driver(gpu: str) -> Any:
+    """As much of a driver as a launch asks before it compiles."""
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
+    return SimpleNamespace(
+        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
+    )
+
+
+def compile_job(job: dict[str, Any]) -> tuple[str, int]:
+    """One job: module, kernel, gpu, flags (dtypes by name), the first launch's arguments, options."""
+    import triton.language as tl
+    from triton.runtime import driver
+
+    driver.set_active(_driver(job["gpu"]))
+    kernel = getattr(importlib.import_module(job["module"]), job["kernel"])
+    flags = [getattr(tl, value) if isinstance(value, str) else value for value in job["flags"]]
+    kernel.device_caches.clear()  # of another GPU
+    compiled = kernel.warmup(*job["arguments"], *flags, grid=(1,), **job["options"])
+    return compiled.asm["ptx"], compiled.metadata.shared
+
+
+def _main() -> None:
+    _only_ptx()
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(compile_job(json.loads(line))) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    _main()
