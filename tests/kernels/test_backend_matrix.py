@@ -13,6 +13,8 @@ from tests.support.matrix import (
     GPU_TARGETS,
     INTERPRETED,
     LAYOUTS,
+    OTHER_PTX,
+    PTX,
     SAMPLES,
     VARIANTS,
     Case,
@@ -43,6 +45,8 @@ COVERING = [
 MATRIX = [
     *((target, case) for case in PRODUCT for target in (CPU, EMULATED)),  # in a row: they share the reference's run
     *((INTERPRETED, case) for case in COVERING),
+    *((target, case) for case in COVERING for target in PTX),
+    *((target, case) for case in COVERING[::5] for target in OTHER_PTX),
     *((target, case) for target in GPU_TARGETS for case in PRODUCT),
 ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ivon_kernels import IVON, available_backends
-from ivon_kernels.backends.triton_launch import interpreted
+from ivon_kernels import IVON, available_backends, backends
+from ivon_kernels.backends.triton_launch import installed, interpreted
 from tests.support.cuda_emulator import emulated, moved
+from tests.support.ptx.cuda import ptx_cuda
+from tests.support.ptx.triton import Device, ptx_triton
 
 DTYPES = {
     "float32": (torch.float32,),
@@ -46,13 +49,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Target:
-    """A backend, and where its tensors are. On the CPU ``cuda`` is its emulator and ``triton`` is interpreted."""
+    """A backend, and where its tensors are. On the CPU ``cuda`` is its emulator and ``triton`` is interpreted, or both
+    are the PTX that the compilers make for a GPU."""
 
     backend: str
     device: str
     small: bool = False  # too slow for thousands of elements and many steps
+    gpu: str = ""  # whose PTX is executed on the CPU
+    seed: int | None = None  # of the order of its warps and blocks
 
     def __str__(self) -> str:
+        if self.gpu:
+            shuffled = "" if self.seed is None else f" shuffled {self.seed}"
+            return f"{self.backend} ptx {self.gpu}{shuffled}@{self.device}"
         how = {"cuda": " emulated", "triton": " interpreted"}.get(self.backend, "") if self.device == "cpu" else ""
         return f"{self.backend}{how}@{self.device}"
 
@@ -66,15 +75,29 @@ class Target:
                 pytest.skip("there is no GPU")
         elif self.backend == "triton" and not interpreted():
             pytest.skip("TRITON_INTERPRET is off")
-        with emulated(self.backend) if self.device == "cpu" else contextlib.nullcontext():
+        with self._executed() if self.gpu else emulated(self.backend) if self.device == "cpu" else nullcontext():
             if reason := available_backends()[self.backend]:
                 pytest.skip(f"backend {self.backend}: {reason}")
             yield
+
+    @contextlib.contextmanager
+    def _executed(self) -> Iterator[None]:
+        """The backend's PTX in the place of a GPU."""
+        if self.backend == "cuda":
+            with backends.override("cuda", ptx_cuda(self.gpu, self.seed)):
+                yield
+        elif not installed():
+            pytest.skip("triton is not installed")
+        else:
+            with ptx_triton(Device(self.gpu, self.seed)) as backend, backends.override("triton", backend):
+                yield
 
 
 CPU = Target("cpu", "cpu")
 EMULATED = Target("cuda", "cpu")
 INTERPRETED = Target("triton", "cpu", small=True)
+PTX = tuple(Target(backend, "cpu", small=True, gpu="sm_90") for backend in ("triton", "cuda"))
+OTHER_PTX = tuple(Target(backend, "cpu", small=True, gpu="sm_80", seed=1) for backend in ("triton", "cuda"))
 GPU_TARGETS = (Target("cuda", "cuda"), Target("triton", "cuda"))
 
 

@@ -54,9 +54,9 @@ class _Block:
         self.written: set[str] = set()
         self.surely: set[str] = set()
         for instruction in instructions:
-            self.inputs |= set(sources(instruction)) - self.written
+            self.inputs |= set(sources(instruction)) - self.surely
             if instruction.predicate:
-                self.weak |= set(results(instruction)) - self.written
+                self.weak |= set(results(instruction)) - self.surely
             else:
                 self.surely |= set(results(instruction))
             self.written |= set(results(instruction))

@@ -75,7 +75,7 @@ class Global:
         self.spans = kept
         self._begins = np.array([span.begin for span in kept], dtype=np.int64)
         self._ends = np.array([span.begin + span.size for span in kept], dtype=np.int64)
-        self._unwritten = {i: np.zeros(span.size, dtype=bool) for i, span in enumerate(kept) if not span.written}
+        self._written = {i: np.zeros(span.size, dtype=bool) for i, span in enumerate(kept) if not span.written}
         self._read_only = np.array([span.read_only for span in kept], dtype=bool)
 
     def find(self, addresses: Lanes, size: int) -> Lanes:
@@ -97,11 +97,11 @@ class Global:
     def load(self, addresses: Lanes, size: int, count: int) -> list[Array]:
         """`count` neighbouring values of `size` bytes from each address."""
         found = self.find(addresses, size * count)
-        for number, written in self._unwritten.items():
-            for lane in np.flatnonzero(found == number):
-                begin = int(addresses[lane] - self._begins[number])
-                if not written[begin : begin + size * count].all():
-                    raise PtxError(f"a read of {self.spans[number].name} at byte {begin}, which nobody wrote")
+        for number, written in self._written.items():
+            places = self._places(number, addresses[found == number], size * count)
+            if not written[places].all():
+                first = int(places[~written[places]][0])
+                raise PtxError(f"a read of {self.spans[number].name} at byte {first}, which nobody wrote")
         index = (addresses - _LOWEST) // size
         return [_PROCESS[size][index + i] for i in range(count)]
 
@@ -123,10 +123,13 @@ class Global:
         found = self.find(addresses, size)
         if self._read_only[found].any():
             raise PtxError(f"a store to {self.spans[int(found[self._read_only[found]][0])].name}, which is read only")
-        for number, written in self._unwritten.items():
-            for lane in np.flatnonzero(found == number):
-                begin = int(addresses[lane] - self._begins[number])
-                written[begin : begin + size] = True
+        for number, written in self._written.items():
+            written[self._places(number, addresses[found == number], size)] = True
+
+    def _places(self, number: int, addresses: Lanes, size: int) -> Lanes:
+        """The bytes of accesses within a span."""
+        places: Lanes = (addresses - self._begins[number])[:, None] + np.arange(size)
+        return places
 
     def _near(self, address: int) -> str:
         """For a message."""
