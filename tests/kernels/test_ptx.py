@@ -332,5 +332,3 @@ def test_threads_that_never_come() -> None:
 def test_where_it_happened_is_told() -> None:
     with pytest.raises(PtxError, match=r"kernel: .* nearest is first, 256 bytes.* in: ld\.global\.b32 %r3, \[%d1\+4\]"):
         run(LOADED + "ld.global.b32 %r3, [%d1+4];", numbers(1), torch.zeros(64, dtype=torch.int32)[:0].new_zeros(64))
-
-

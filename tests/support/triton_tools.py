@@ -84,9 +84,15 @@ class Side(KernelState):
 class Twins:
     """Does everything on both sides and compares the bits."""
 
-    def __init__(self, specs: Sequence[Spec], groups: Sequence[dict[str, Any]] = (GROUP,), arenas: int = 1) -> None:
+    def __init__(
+        self,
+        specs: Sequence[Spec],
+        groups: Sequence[dict[str, Any]] = (GROUP,),
+        arenas: int = 1,
+        backend: Backend | None = None,
+    ) -> None:
         self.specs, self.groups = specs, groups
-        self.triton = Side(TritonBackend(), specs, groups, arenas)
+        self.triton = Side(backend or TritonBackend(), specs, groups, arenas)
         self.reference = Side(ReferenceBackend(), specs, groups, arenas)
         self.sides = (self.triton, self.reference)
         self.grads: list[Tensor | None] = []

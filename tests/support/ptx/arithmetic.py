@@ -215,8 +215,7 @@ def function_of(opcode: str, modifiers: tuple[str, ...]) -> tuple[Function, list
     rest = [m for m in modifiers if m not in DTYPES and m not in _SPECIFIC]
     kind = known[-1] if known else ""
     if (
-        rest
-        and not (opcode == "shf" and rest[0] in ("l", "r"))
+        (rest and not (opcode == "shf" and rest[0] in ("l", "r")))
         or not kind
         or kind.endswith("x2")
         or kind in ("f16", "bf16")

@@ -1,7 +1,7 @@
 """nvcc's PTX in the place of a GPU: launch.cu itself, on a CUDA runtime that hands its launches over.
 
-nvcc compiles csrc/cuda/launch.cu for the host and to PTX. The library is loaded after cudart.cpp, which stands for the
-CUDA runtime: what ``cudaLaunchKernel`` is given, the arguments as they were packed, is what the PTX reads.
+nvcc compiles csrc/cuda/launch.cu for the host and to PTX. Instead of the CUDA runtime cudart.cpp is linked to it: what
+``cudaLaunchKernel`` is given, the arguments as they were packed, is what the PTX reads.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +47,17 @@ def _version() -> str:
     return subprocess.run([str(NVCC), "--version"], capture_output=True, text=True, check=True).stdout
 
 
-def _runtime() -> Path:
-    command = (str(COMPILER), "-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden")
-    name = digest(command, [_RUNTIME])
-    return kept(
-        f"libcudart_of_tests-{name}.so", lambda path: _run(*command, "-x", "c++", str(_RUNTIME), "-o", str(path))
-    )
-
-
 def _compiled(gpu: str, source: Path, contracted: bool) -> tuple[Path, str]:
     """The library for the host, and the PTX of its kernels. Without an assembler this takes half a minute."""
     target = gpu.replace("sm_", "compute_")
     flags = (*_FLAGS, f"--fmad={str(contracted).lower()}", f"-gencode=arch={target},code={target}")
-    name = digest((_version(), flags), [path for path in source.parents[1].rglob("*.[hc]*") if path.is_file()])
+    name = digest((_version(), flags), [_RUNTIME, *(path for path in source.parents[1].rglob("*.[hc]*") if path.is_file())])
 
     def make(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "library.so"
-            _run(str(NVCC), *flags, "--keep", f"--keep-dir={folder}", str(source), "-o", str(library))
-            (ptx,) = Path(folder).glob("*.ptx")
+            _run(str(NVCC), *flags, "--keep", f"--keep-dir={folder}", str(source), str(_RUNTIME), "-o", str(library))
+            (ptx,) = Path(folder).glob("launch*.ptx")
             path.write_text(json.dumps({"library": library.read_bytes().hex(), "ptx": ptx.read_text()}))
 
     both = kept(f"ptx-cuda-{gpu}-{name}.json", make)
@@ -83,13 +76,20 @@ class PtxCudaBackend(CudaBackend):
         seed: Of the order of warps and blocks; None: all in step.
         source: Another launch.cu.
         contracted: Whether products and sums are contracted.
+        edit: What is done to the PTX.
     """
 
     def __init__(
-        self, gpu: str = "sm_90", *, seed: int | None = None, source: Path = SOURCE, contracted: bool = False
+        self,
+        gpu: str = "sm_90",
+        *,
+        seed: int | None = None,
+        source: Path = SOURCE,
+        contracted: bool = False,
+        edit: Callable[[str], str] | None = None,
     ) -> None:
-        self._runtime = ctypes.CDLL(str(_runtime()), mode=ctypes.RTLD_GLOBAL)
-        path, self._ptx = _compiled(gpu, source, contracted)
+        path, ptx = _compiled(gpu, source, contracted)
+        self._ptx = ptx if edit is None else edit(ptx)
         super().__init__(str(path))
         self._seed, self._launches = seed, 0
         self._spans: list[Span] = []
@@ -109,7 +109,7 @@ class PtxCudaBackend(CudaBackend):
         if launch.cache.layouts_version != launch.cache.addresses.layouts_version:
             launch.cache.copy_layouts()
         self._spans = spans_of(launch, guard) + self._arenas(launch)
-        self._runtime.ptx_set_taker(self._taker)
+        self.library.ptx_set_taker(self._taker)
         try:
             super()._launch(operation, launch, *args)
         except RuntimeError:
@@ -118,7 +118,7 @@ class PtxCudaBackend(CudaBackend):
                 raise error from None
             raise
         finally:
-            self._runtime.ptx_set_taker(_Taker(0))
+            self.library.ptx_set_taker(_Taker(0))
 
     def _arenas(self, launch: Launch) -> list[Span]:
         """Whole, as their padding is read; and the layouts on the device."""
@@ -160,5 +160,3 @@ def ptx_cuda(gpu: str = "sm_90", seed: int | None = None) -> PtxCudaBackend:
     if NVCC is None or COMPILER is None:
         pytest.skip("no nvcc was found, which makes the PTX of backend cuda")
     return _backend(gpu, seed)
-
-

@@ -16,49 +16,53 @@ struct Dim {
 
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-EXPORT void ptx_set_taker(Taker function) { taker = function; }
+// Linked into the library itself and hidden in it: another CUDA runtime in this process stays what it is.
+extern "C" __attribute__((visibility("default"))) void ptx_set_taker(Taker function) { taker = function; }
 
 // What nvcc's host code calls when the library is loaded.
-EXPORT void** __cudaRegisterFatBinary(void*) {
+extern "C" void** __cudaRegisterFatBinary(void*) {
   static void* handle = nullptr;
   return &handle;
 }
-EXPORT void __cudaRegisterFatBinaryEnd(void**) {}
-EXPORT void __cudaUnregisterFatBinary(void**) {}
-EXPORT void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*,
+extern "C" void __cudaRegisterFatBinaryEnd(void**) {}
+extern "C" void __cudaUnregisterFatBinary(void**) {}
+extern "C" void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*,
                                    void*, int*) {
   kernels[host] = device;
 }
-EXPORT void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
-EXPORT char __cudaInitModule(void**) { return 1; }
-EXPORT unsigned __cudaPushCallConfiguration(Dim, Dim, size_t, void*) { return 0; }
-EXPORT int __cudaPopCallConfiguration(Dim*, Dim*, size_t*, void*) { return 0; }
-EXPORT int __cudaGetKernel(void** kernel, const void* host) {
+extern "C" void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
+extern "C" char __cudaInitModule(void**) { return 1; }
+extern "C" unsigned __cudaPushCallConfiguration(Dim, Dim, size_t, void*) { return 0; }
+extern "C" int __cudaPopCallConfiguration(Dim*, Dim*, size_t*, void*) { return 0; }
+extern "C" int __cudaGetKernel(void** kernel, const void* host) {
   *kernel = const_cast<void*>(host);
   return 0;
 }
 
 // What launch.cu calls: one device, whose number is -1 like that of the CPU's tensors.
-EXPORT int cudaGetDevice(int* device) {
+extern "C" int cudaGetDevice(int* device) {
   *device = -1;
   return 0;
 }
-EXPORT int cudaSetDevice(int) { return 0; }
-EXPORT int cudaGetLastError() { return 0; }
-EXPORT int cudaDriverGetVersion(int* version) {
+extern "C" int cudaSetDevice(int) { return 0; }
+extern "C" int cudaGetLastError() { return 0; }
+extern "C" int cudaDriverGetVersion(int* version) {
   *version = 13000;
   return 0;
 }
-EXPORT const char* cudaGetErrorString(int) { return "the launch was refused"; }
-EXPORT int cudaFuncGetAttributes(void* attributes, const void* kernel) {
+extern "C" const char* cudaGetErrorString(int) { return "the launch was refused"; }
+extern "C" int cudaFuncGetAttributes(void* attributes, const void* kernel) {
   std::memset(attributes, 0, 64);
   return kernels.count(kernel) != 0 ? 0 : 98;
 }
 
-EXPORT int cudaLaunchKernel(const void* kernel, Dim grid, Dim block, void** arguments, size_t shared, void*) {
+extern "C" int cudaLaunchKernel(const void* kernel, Dim grid, Dim block, void** arguments, size_t shared, void*) {
   const auto found = kernels.find(kernel);
   if (found == kernels.end() || taker == nullptr) return 98;  // cudaErrorInvalidDeviceFunction
   return taker(found->second.c_str(), grid.x, block.x, shared, arguments);
+}
+
+// From the host functions that nvcc makes of kernels, which launch.cu does not call.
+extern "C" int __cudaLaunchKernel(const void* kernel, Dim grid, Dim block, void** arguments, size_t shared, void* stream) {
+  return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }

@@ -353,4 +353,3 @@ def _atomic(entry: Entry, instruction: Instruction) -> Run:
         put(lanes, result)
 
     return atomic
-

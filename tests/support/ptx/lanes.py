@@ -54,7 +54,12 @@ class Lanes:
         """Some of the threads, with registers of their own."""
         lanes = object.__new__(Lanes)
         lanes.launch, lanes.shared, lanes.copies, lanes.assigned = self.launch, self.shared, self.copies, self.assigned
-        lanes.values, lanes.numbers, lanes.count, lanes.block_threads = values, numbers, numbers.size, self.block_threads
+        lanes.values, lanes.numbers, lanes.count, lanes.block_threads = (
+            values,
+            numbers,
+            numbers.size,
+            self.block_threads,
+        )
         for name in ("blocks", "threads", "warps", "warp_numbers", "block_ids"):
             setattr(lanes, name, getattr(self, name)[numbers])
         return lanes

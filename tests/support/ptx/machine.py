@@ -23,6 +23,8 @@ from tests.support.ptx.text import ENDS, Entry, Immediate, Instruction, PtxError
 
 _RESIDENT = 64  # blocks at a time
 _FEW = 6  # where the order is random
+_LATE = 0.2  # of the warps
+_CHANGE = 0.01  # how often they are others
 _WAITING = 2**20  # added to the program counter of a thread at a barrier
 _GONE = 2**24
 
@@ -187,6 +189,7 @@ class _Wave:
         self._at = np.zeros(count, dtype=np.int64)  # program counters
         self._alive = np.full(block_ids.size, threads)
         self._arrived = np.zeros(block_ids.size, dtype=np.int64)
+        self._late = launch.order.random(int(self._lanes.warp_numbers[-1]) + 1) < _LATE
 
     def run(self, shuffled: bool) -> None:
         while (now := int(self._at.min())) < _WAITING:
@@ -203,10 +206,14 @@ class _Wave:
         warps = self._lanes.warp_numbers
         lowest = np.full(int(warps[-1]) + 1, _GONE)
         np.minimum.at(lowest, warps, self._at)
-        runnable = np.flatnonzero(lowest < _WAITING)
+        if self._launch.order.random() < _CHANGE:
+            self._late = self._launch.order.random(lowest.size) < _LATE
+        runnable = np.flatnonzero((lowest < _WAITING) & ~self._late)
+        if not runnable.size:
+            runnable = np.flatnonzero(lowest < _WAITING)
         chosen = int(self._launch.order.choice(runnable))
         self._turn = int(lowest[chosen])
-        self._who = (lowest == self._turn) & (self._launch.order.random(lowest.size) < 0.5)
+        self._who = (lowest == self._turn) & (self._launch.order.random(lowest.size) < 0.5) & ~self._late
         self._who[chosen] = True
         return self._turn
 

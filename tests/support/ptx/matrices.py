@@ -163,9 +163,7 @@ def _fragment(entry: Entry, operand: Vector, kind: str) -> Get:
 
 def _multiply_in_group(entry: Entry, instruction: Instruction) -> Run:
     """``wgmma.mma_async``: both operands in shared memory, the product in the registers of four warps."""
-    match = re.fullmatch(
-        r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2", instruction.name
-    )
+    match = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16|f16)\.\2", instruction.name)
     if match is None:
         if instruction.modifiers[0] in ("fence", "commit_group", "wait_group"):
             return lambda lanes: None

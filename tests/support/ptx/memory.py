@@ -86,7 +86,9 @@ class Global:
         """
         if (addresses & (size - 1)).any():
             worst = int(addresses[(addresses & (size - 1)) != 0][0])
-            raise PtxError(f"an access of {size} bytes at {worst:#x}, {worst % size} past a boundary{self._near(worst)}")
+            raise PtxError(
+                f"an access of {size} bytes at {worst:#x}, {worst % size} past a boundary{self._near(worst)}"
+            )
         found = self._begins.searchsorted(addresses, "right") - 1
         good = (found >= 0) & (addresses + size <= self._ends[found] if self._ends.size else False)
         if not good.all():
@@ -202,11 +204,15 @@ class Shared:
         """Note reads of `size` bytes."""
         places = at[:, None] + np.arange(size)
         if not self._written[places].all():
-            raise PtxError(f"a read of shared memory at {self._first(places, ~self._written[places])} that nobody wrote")
+            raise PtxError(
+                f"a read of shared memory at {self._first(places, ~self._written[places])} that nobody wrote"
+            )
         writers = self._writer[places]
         raced = (writers != _NOBODY) & (writers != warps[:, None])
         if raced.any():
-            raise PtxError(f"a race: shared memory at {self._first(places, raced)} is read while another warp writes it")
+            raise PtxError(
+                f"a race: shared memory at {self._first(places, raced)} is read while another warp writes it"
+            )
         self._reader[places] = np.where(
             (self._reader[places] == _NOBODY) | (self._reader[places] == warps[:, None]), warps[:, None], _SEVERAL
         )
@@ -219,7 +225,9 @@ class Shared:
         for others in (self._writer[places], self._reader[places]):
             raced = (others != _NOBODY) & (others != warps[:, None])
             if raced.any():
-                raise PtxError(f"a race: shared memory at {self._first(places, raced)} is written, used by another warp")
+                raise PtxError(
+                    f"a race: shared memory at {self._first(places, raced)} is written, used by another warp"
+                )
         self._writer[places] = warps[:, None]
         if (self._writer[places] != warps[:, None]).any():
             raise PtxError(f"a race: warps write the same shared memory, near {int(at[0]) % self._row}")

@@ -43,7 +43,7 @@ class Symbol:
 class Address:
     """``[base + offset]``."""
 
-    base: Union[Register, Symbol, Immediate]
+    base: Register | Symbol | Immediate
     offset: int
 
 

@@ -88,6 +88,8 @@ class Device(NamedTuple):
     root: Path = ROOT
     fusion: bool = False
     specialized: bool = False
+    edit: Callable[[str], str] | None = None
+    """What is done to the PTX."""
 
     def compiled(self, kernel: Any, flags: Sequence[object], arguments: Sequence[int]) -> tuple[str, int]:
         """PTX and bytes of shared memory."""
@@ -109,7 +111,7 @@ class Device(NamedTuple):
             path.write_text(_compiler(self.root)({**job, "arguments": list(arguments)}))
 
         ptx, shared = json.loads(kept(f"ptx-{kernel.fn.__name__}-{name}.json", write).read_text())
-        return ptx, shared
+        return ptx if self.edit is None else self.edit(ptx), shared
 
 
 class Kernels:
