@@ -51,7 +51,8 @@ def _compiled(gpu: str, source: Path, contracted: bool) -> tuple[Path, str]:
     """The library for the host, and the PTX of its kernels. Without an assembler this takes half a minute."""
     target = gpu.replace("sm_", "compute_")
     flags = (*_FLAGS, f"--fmad={str(contracted).lower()}", f"-gencode=arch={target},code={target}")
-    name = digest((_version(), flags), [_RUNTIME, *(path for path in source.parents[1].rglob("*.[hc]*") if path.is_file())])
+    sources = [path for path in source.parents[1].rglob("*.[hc]*") if path.is_file()]
+    name = digest((_version(), flags), [_RUNTIME, *sources])
 
     def make(path: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:

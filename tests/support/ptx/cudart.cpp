@@ -8,7 +8,12 @@ namespace {
 
 using Taker = int (*)(const char* kernel, uint32_t blocks, uint32_t threads, uint64_t shared, void** arguments);
 Taker taker = nullptr;
-std::map<const void*, std::string> kernels;
+
+// Of each host function the kernel. Made when it is first needed: by initializers, in any order.
+std::map<const void*, std::string>& kernels() {
+  static std::map<const void*, std::string> known;
+  return known;
+}
 
 struct Dim {
   unsigned x, y, z;
@@ -28,7 +33,7 @@ extern "C" void __cudaRegisterFatBinaryEnd(void**) {}
 extern "C" void __cudaUnregisterFatBinary(void**) {}
 extern "C" void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*,
                                    void*, int*) {
-  kernels[host] = device;
+  kernels()[host] = device;
 }
 extern "C" void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 extern "C" char __cudaInitModule(void**) { return 1; }
@@ -53,12 +58,12 @@ extern "C" int cudaDriverGetVersion(int* version) {
 extern "C" const char* cudaGetErrorString(int) { return "the launch was refused"; }
 extern "C" int cudaFuncGetAttributes(void* attributes, const void* kernel) {
   std::memset(attributes, 0, 64);
-  return kernels.count(kernel) != 0 ? 0 : 98;
+  return kernels().count(kernel) != 0 ? 0 : 98;
 }
 
 extern "C" int cudaLaunchKernel(const void* kernel, Dim grid, Dim block, void** arguments, size_t shared, void*) {
-  const auto found = kernels.find(kernel);
-  if (found == kernels.end() || taker == nullptr) return 98;  // cudaErrorInvalidDeviceFunction
+  const auto found = kernels().find(kernel);
+  if (found == kernels().end() || taker == nullptr) return 98;  // cudaErrorInvalidDeviceFunction
   return taker(found->second.c_str(), grid.x, block.x, shared, arguments);
 }
 

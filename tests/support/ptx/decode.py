@@ -145,10 +145,16 @@ def _move(entry: Entry, instruction: Instruction) -> Run:
     kind, (to, source) = instruction.modifiers[-1], instruction.operands
     if isinstance(source, Vector):  # packs: the first part is lowest
         size = size_of(kind)
-        gets = [getter(entry, part, f"u{8 * size // len(source.parts)}") for part in source.parts]
+        each = np.dtype(f"u{size // len(source.parts)}")
+        gets = [getter(entry, part, f"u{8 * each.itemsize}") for part in source.parts]
         put = setter(entry, to, kind)
+        named = [part.name if isinstance(part, Register) else "" for part in source.parts]
 
         def pack(lanes: Lanes) -> None:
+            for name in named:  # LLVM packs what it does not need without giving it a value: anything will do
+                if name and name not in lanes.values:
+                    anything = lanes.launch.order.integers(0, 256, (lanes.count, each.itemsize), dtype=np.uint8)
+                    lanes.values[name] = anything.view(each)[:, 0]
             packed = np.stack([np.broadcast_to(get(lanes), (lanes.count,)) for get in gets], axis=1)
             put(lanes, packed.view(f"u{size}")[:, 0].copy())
 

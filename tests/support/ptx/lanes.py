@@ -97,7 +97,7 @@ class Copies:
         for numbers, group, at, warps, size in self._pending:
             done = waiting[numbers] & (True if groups is None else group < self._committed[numbers] - groups)
             if done.any():
-                lanes.shared.write(at[done], warps[done], size)
+                lanes.shared.write(at[done], warps[done], None, size)
             if not done.all():
                 kept.append((numbers[~done], group[~done], at[~done], warps[~done], size))
         self._pending = kept

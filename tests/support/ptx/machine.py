@@ -19,7 +19,7 @@ from tests.support.ptx import matrices, warps
 from tests.support.ptx.decode import decode, names_in, results, sources
 from tests.support.ptx.lanes import WARP, Array, Copies, Lanes, Launch, Run, mask_of
 from tests.support.ptx.memory import Global, Parameters, Shared
-from tests.support.ptx.text import ENDS, Entry, Immediate, Instruction, PtxError, Symbol, parse
+from tests.support.ptx.text import ENDS, Entry, Immediate, Instruction, PtxError, Symbol, Vector, parse
 
 _RESIDENT = 64  # blocks at a time
 _FEW = 6  # where the order is random
@@ -79,6 +79,8 @@ class Program:
         read = Counter(name for block in self.blocks for name in block.inputs | block.weak)
         for block in self.blocks:
             block.outputs = {name for name in block.written if read[name]}
+        in_groups = any(i.opcode == "wgmma" for block in self.blocks for i in block.instructions)
+        self.together = 4 if in_groups else 1  # warps that take their turns together
         self.next = [self._following(number) for number in range(len(self.blocks))]
         unsure = self._unsure()
         for number, block in enumerate(self.blocks):
@@ -89,7 +91,8 @@ class Program:
             run = decode(self.entry, instruction, _OTHERS)
         except PtxError as error:
             raise PtxError(f"{self.entry.name}: {error} in: {instruction.text}") from None
-        reads = [name for name in sources(instruction) if name in unsure]
+        packs = instruction.opcode == "mov" and isinstance(instruction.operands[1], Vector)
+        reads = [name for name in sources(instruction) if name in unsure and not packs]
         return _Step(self._watched(run, instruction, reads), instruction.text)
 
     def _watched(self, run: Run, instruction: Instruction, reads: list[str]) -> Run:
@@ -189,21 +192,22 @@ class _Wave:
         self._at = np.zeros(count, dtype=np.int64)  # program counters
         self._alive = np.full(block_ids.size, threads)
         self._arrived = np.zeros(block_ids.size, dtype=np.int64)
-        self._late = launch.order.random(int(self._lanes.warp_numbers[-1]) + 1) < _LATE
+        self._units = self._lanes.warp_numbers // program.together
+        self._late = launch.order.random(int(self._units[-1]) + 1) < _LATE
 
     def run(self, shuffled: bool) -> None:
         while (now := int(self._at.min())) < _WAITING:
             here = self._at == (self._chosen() if shuffled else now)
             if shuffled:
                 now = self._turn
-                here = (self._at == now) & self._who[self._lanes.warp_numbers]
+                here = (self._at == now) & self._who[self._units]
             self._turn_of(now, None if here.all() else np.flatnonzero(here))
         if now < _GONE:
             raise PtxError(f"{self._program.entry.name}: threads wait at a barrier that others do not reach")
 
     def _chosen(self) -> int:
         """A warp whose turn it is, and some of those that are at the same place."""
-        warps = self._lanes.warp_numbers
+        warps = self._units
         lowest = np.full(int(warps[-1]) + 1, _GONE)
         np.minimum.at(lowest, warps, self._at)
         if self._launch.order.random() < _CHANGE:

@@ -1,8 +1,8 @@
 """Matrices in shared memory and tensor cores: ``ldmatrix``, ``stmatrix``, ``mma``, ``wgmma``, ``cp.async``.
 
 Products are sums in float64, rounded to float32 once; a GPU's tensor cores round more often, in an order that nobody
-has written down. Asynchronous copies are seen once their threads have waited for them. Asynchronous products read shared
-memory when they are issued; whether somebody waits, and fences between proxies, is not looked at.
+has written down. Asynchronous copies are seen once their threads have waited for them. Asynchronous products read
+shared memory when they are issued; whether somebody waits, and fences between proxies, is not looked at.
 """
 
 from __future__ import annotations

@@ -185,10 +185,8 @@ class Shared:
         """Returns where the values are in `content`."""
         size = values[0].itemsize
         at = self._at(blocks, addresses, size * len(values))
-        self.write(at, warps, size * len(values))
-        index = at // size
-        for i, value in enumerate(values):
-            self.content.view(f"u{size}")[index + i] = value.view(f"u{size}")
+        content = np.stack([value.view(f"u{size}") for value in values], axis=1).view(np.uint8)
+        self.write(at, warps, content)
         return at
 
     def forget(self, at: Lanes, size: int) -> None:
@@ -219,18 +217,23 @@ class Shared:
         # Lanes of several warps may have read one place in this very instruction.
         self._reader[places] = np.where(self._reader[places] == warps[:, None], self._reader[places], _SEVERAL)
 
-    def write(self, at: Lanes, warps: Lanes, size: int) -> None:
-        """Note writes of `size` bytes."""
-        places = at[:, None] + np.arange(size)
-        for others in (self._writer[places], self._reader[places]):
-            raced = (others != _NOBODY) & (others != warps[:, None])
-            if raced.any():
-                raise PtxError(
-                    f"a race: shared memory at {self._first(places, raced)} is written, used by another warp"
-                )
-        self._writer[places] = warps[:, None]
-        if (self._writer[places] != warps[:, None]).any():
-            raise PtxError(f"a race: warps write the same shared memory, near {int(at[0]) % self._row}")
+    def write(self, at: Lanes, warps: Lanes, content: Array | None, size: int = 0) -> None:
+        """Write bytes ``[lanes, size]``; None: note that `size` bytes, which are there already, have been written.
+
+        Warps that hold the same values may all write them.
+        """
+        places = at[:, None] + np.arange(size if content is None else content.shape[1])
+        content = self.content[places] if content is None else content
+        same = self._written[places] & (self.content[places] == content)
+        writers, readers = self._writer[places], self._reader[places]
+        raced = (writers != _NOBODY) & (writers != warps[:, None]) & ~same
+        raced |= (readers != _NOBODY) & (readers != warps[:, None]) & ~same
+        self.content[places] = content
+        raced |= self.content[places] != content  # by another lane of this very instruction
+        if raced.any():
+            raise PtxError(f"a race: shared memory at {self._first(places, raced)} is written and used by another warp")
+        self._writer[places] = np.where((writers == _NOBODY) | (writers == warps[:, None]), warps[:, None], _SEVERAL)
+        self._writer[places] = np.where(self._writer[places] == warps[:, None], self._writer[places], _SEVERAL)
         self._written[places] = True
 
     def _at(self, blocks: Lanes, addresses: Lanes, size: int) -> Lanes:

@@ -38,7 +38,7 @@ TRITON: dict[str, Edit] = {
         KERNELS,
         "tl.atomic_min(at(control, tl.int64), tl.load(row + INDEX))",
         "tl.store(at(control, tl.int64), tl.load(row + INDEX))",
-    ),  # fmt: skip
+    ),
     "the last tail forgotten": Edit(MEMORY, "begin + BLOCK - 1) // BLOCK", "begin) // BLOCK"),
     "a quotient that is not rounded": Edit(
         "ivon_kernels/backends/triton_math.py",
@@ -50,8 +50,8 @@ TRITON: dict[str, Edit] = {
 
 SPECIALIZED = Edit(
     LAUNCH,
-    'return triton.jit(do_not_specialize=[p.name for p in parameters if "constexpr" not in str(p.annotation)])(function)',
-    "return triton.jit(function)",
+    'triton.jit(do_not_specialize=[p.name for p in parameters if "constexpr" not in str(p.annotation)])(function)',
+    "triton.jit(function)",
 )
 """Arguments are specialized on the first launch's values, as they once were."""
 

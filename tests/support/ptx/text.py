@@ -10,7 +10,6 @@ import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Union
 
 
 class PtxError(Exception):
@@ -62,7 +61,7 @@ class Pair:
     second: Operand
 
 
-Operand = Union[Register, Immediate, Symbol, Address, Vector, Pair]
+Operand = Register | Immediate | Symbol | Address | Vector | Pair
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,7 @@ def ptx_triton(device: Device = Device()) -> Iterator[PtxTritonBackend]:  # noqa
 
 
 class PtxLora:
-    """``lora_samples_`` of the Triton kernels, run by a device; the number of programs that are wanted is `programs`."""
+    """``lora_samples_`` of the Triton kernels, run by a device."""
 
     def __init__(self, device: Device = Device()) -> None:  # noqa: B008
         self._kernels = Kernels(device)
