@@ -92,6 +92,7 @@ class PtxCudaBackend(CudaBackend):
         path, ptx = _compiled(gpu, source, contracted)
         self._ptx = ptx if edit is None else edit(ptx)
         super().__init__(str(path))
+        self.emulated = True  # its tensors are on the CPU
         self._seed, self._launches = seed, 0
         self._spans: list[Span] = []
         self._error: Exception | None = None

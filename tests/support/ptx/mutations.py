@@ -33,7 +33,6 @@ TRITON: dict[str, Edit] = {
         "if tl.atomic_add(block + 1, 1) == tl.num_programs(0) - 1:",
         "arrived = tl.load(block + 1)\n    tl.store(block + 1, arrived + 1)\n    if arrived == tl.num_programs(0) - 1:",
     ),
-    "no barrier before the last block": Edit(KERNELS, "    tl.debug_barrier()\n", ""),
     "the finding of any block, not the first": Edit(
         KERNELS,
         "tl.atomic_min(at(control, tl.int64), tl.load(row + INDEX))",
