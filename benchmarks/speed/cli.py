@@ -17,6 +17,7 @@ def speed(
     rounds: Annotated[int, typer.Option(help="Turns of each contender, as far as the time allows.")] = 10,
     turn_ms: Annotated[float, typer.Option(help="About how long a turn measures.")] = 50.0,
     seconds: Annotated[float, typer.Option(help="For each part, shared by its workloads.")] = 600.0,
+    workloads: Annotated[str, typer.Option(help="Some of them by name; default all that fit.")] = "",
     max_elements: Annotated[int, typer.Option(help="No workload with more.")] = 1_000_000_000,
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer rounds and workloads, and nothing that compiles for long.")
@@ -42,7 +43,7 @@ def speed(
     if quick:
         rounds, turn_ms, seconds = min(rounds, 4), min(turn_ms, 20.0), min(seconds, 90.0)
     compiling = compiling and not quick and not dry_run
-    options = Options(device, threads, rounds, turn_ms, seconds, max_elements, quick, compiling)
+    options = Options(device, threads, rounds, turn_ms, seconds, max_elements, quick, compiling, workloads)
     chosen = [part.strip() for part in parts.split(",") if part.strip()]
     if not run(options, chosen, out, dry_run=dry_run, with_report=report):
         raise typer.Exit(1)

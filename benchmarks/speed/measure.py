@@ -45,6 +45,7 @@ class Options(NamedTuple):
     max_elements: int
     quick: bool
     compiling: bool
+    workloads: str = ""
 
 
 @dataclass

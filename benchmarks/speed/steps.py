@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import UserError
 from benchmarks.memory import PeakMemory, forget_peak, resident
 from benchmarks.speed.clock import CpuClock
 from benchmarks.speed.contender import LARGE_STEPS, STEP, Contender
@@ -62,8 +63,19 @@ def run(session: Session) -> None:
     record.replace_part(PART, measured, missing)
 
 
+def _asked(session: Session) -> set[str]:
+    """The workloads that --workloads names."""
+    asked = {name.strip() for name in session.options.workloads.split(",") if name.strip()}
+    if unknown := asked.difference(workload.name for workload in (*WORKLOADS, *DRY_WORKLOADS)):
+        names = ", ".join(workload.name for workload in WORKLOADS)
+        raise UserError(f"there is no workload {', '.join(sorted(unknown))}; choose from {names}")
+    return asked
+
+
 def left_out(session: Session, workload: Workload) -> str:
     """Why a workload is not measured, or an empty string."""
+    if (asked := _asked(session)) and workload.name not in asked:
+        return "--workloads leaves it out"
     if session.options.quick and workload in WORKLOADS and workload.name not in QUICK:
         return "--quick leaves it out"
     if workload.elements > session.options.max_elements:

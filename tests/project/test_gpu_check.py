@@ -75,6 +75,7 @@ def some_measurement(part: str) -> Callable[[Session], None]:
 def test_script_runs_every_part_and_reports_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tools, out = tmp_path / "tools", tmp_path / "out"
     tools.mkdir()
+    executable(tools / "ncu", '#!/bin/sh\necho "ncu $@"\n')
     executable(tools / "compute-sanitizer", '#!/bin/sh\necho "$@"\n[ "$2" = memcheck ] || exit 86\n')
     python = executable(tools / "python", INTERPRETER)
     env = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "WHEELS": "/nonexistent", "PYTHON": str(python)}
@@ -83,21 +84,24 @@ def test_script_runs_every_part_and_reports_one_that_fails(tmp_path: Path, monke
     found = verdicts(output)
     assert found.pop("peers").startswith("failed: exit code")
     assert found.pop("racecheck") == "failed: exit code 86"  # as the tool ends when it finds something
-    assert found.pop("tests") == "skipped"
-    assert found == dict.fromkeys(("build", "exercise", "memcheck", "steps", "model", "host"), "passed"), output
+    assert list(found) == "build cuda triton headline paths counters model memcheck tests steps host".split()
+    assert found.pop("tests") == found.pop("paths") == "skipped"
+    assert set(found.values()) == {"passed"}, output
     assert code == 1
     assert f"--tool racecheck --error-exitcode 86 {python} -m benchmarks.speed.exercise cpu" in output
     assert (out / "check.log").read_text() == output
 
     lines = [line.split("\t")[1:-1] for line in (tmp_path / "lines").read_text().splitlines()]  # without -m
-    modules = ["pip", "pip", "ivon_kernels", "pytest", "benchmarks.speed.exercise", *["benchmarks"] * 4]
-    assert [module for module, *_ in lines] == modules
-    assert lines[3] == ["pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/kernels/test_noise.py"]
-    assert lines[4] == ["benchmarks.speed.exercise", "cpu"]
+    exercise, pytest_run, benchmark = "benchmarks.speed.exercise", "pytest", "benchmarks"
+    modules = ["pip", "pip", "ivon_kernels", exercise, exercise, benchmark, pytest_run, benchmark, pytest_run]
+    assert [module for module, *_ in lines] == [*modules, *[benchmark] * 3]
+    options = ["-m", "gpu", "-v", "-rf", "-W", "default", "-p", "no:cacheprovider"]
+    assert lines[6] == lines[8] == [pytest_run, *options, "tests/kernels/test_noise.py"]
+    assert lines[3] == lines[4] == [exercise, "cpu"]
 
     (out / "speed.json").unlink()
     monkeypatch.setattr("benchmarks.speed.run._PARTS", {p: some_measurement(p) for p in ("steps", "model", "host")})
-    for _, *arguments in lines[5:]:
+    for _, *arguments in (line for line in lines if line[0] == benchmark):
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
     names = {path.name for path in out.iterdir()}

@@ -44,11 +44,7 @@ extern "C" int __cudaGetKernel(void** kernel, const void* host) {
   return 0;
 }
 
-// What launch.cu calls: one device, whose number is -1 like that of the CPU's tensors.
-extern "C" int cudaGetDevice(int* device) {
-  *device = -1;
-  return 0;
-}
+// What launch.cu calls. There is one device, whose number is -1 like that of the CPU's tensors.
 extern "C" int cudaSetDevice(int) { return 0; }
 extern "C" int cudaGetLastError() { return 0; }
 extern "C" int cudaDriverGetVersion(int* version) {
