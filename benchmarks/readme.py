@@ -18,6 +18,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.finetune import report
+from benchmarks.finetune.compare import Difference
+from benchmarks.finetune.compare import table as differences
 from benchmarks.pairs import PAIRS
 from benchmarks.pairs import table as compared
 from benchmarks.quality.summary import COST, IN, METRICS, SHIFT, Summary, bold, mark, number
@@ -185,6 +187,20 @@ def finetune(results: Path) -> str:
     return markdown(table.rename_axis("").reset_index())
 
 
+def finetune_seeds(results: Path) -> str:
+    """The main job's NLL less AdamW's, a row for each seed."""
+    rows = []
+    for record in map(_read, (results / "finetune").glob("*.json")):
+        scores = {row["name"]: row["scores"]["nll"] for row in record["rows"]}
+        less = {
+            name: {key: Difference(**each) for key, each in found.items()}
+            for name, found in record["less_adamw"].items()
+        }
+        row = {"NLL, less AdamW's": f"seed {record['settings']['seed']}", "AdamW": f"{scores['AdamW']:.3f}"}
+        rows.append(row | {name: cell.strip() for name, cell in differences(less)["NLL"].items()})
+    return markdown(pd.DataFrame(rows).sort_values("NLL, less AdamW's"))
+
+
 def evaluate(results: Path) -> str:
     """The main job's posterior, at the mean, by samples and with its dials, domain by domain."""
     table = report.table_of_domains(_read(results / "evaluate" / "evaluate.json")["domains"]).reset_index(
@@ -215,6 +231,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "speed": speed,
     "host": host,
     "finetune": finetune,
+    "finetune_seeds": finetune_seeds,
     "evaluate": evaluate,
     "stacking": stacking,
 }

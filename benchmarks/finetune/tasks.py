@@ -50,7 +50,7 @@ class Task:
 
 
 # Every example is seen ten times. How the learning rate was found is told in benchmarks/finetune/README.md.
-LAPTOP = Recipe(125, 8, 100, 200, 60, 12, adamw_lr=1e-3, samples=8)
+LAPTOP = Recipe(125, 8, 100, 200, 60, 12, adamw_lr=1e-3, samples=4)
 LAPTOP_CHOICE = replace(LAPTOP, max_words=60)
 # What `--quick` makes of it: about a minute, too short a run to judge by.
 QUICK = {"steps": 16, "train_size": 32, "test_size": 60, "validation_size": 20, "samples": 4}
