@@ -257,6 +257,13 @@ def test_workloads_are_those_of_the_issue() -> None:
     assert kept == ["llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "450-tiny", "flat-1M"]
 
 
+def test_workloads_by_name() -> None:
+    some = session(CpuClock(), workloads="450-tiny, flat-1M")
+    assert [w.name for w in workloads.WORKLOADS if not steps.left_out(some, w)] == ["450-tiny", "flat-1M"]
+    with pytest.raises(UserError, match=r"^there is no workload flat-2M; choose from llama-2-7b-r8-qv, "):
+        steps.left_out(session(CpuClock(), workloads="flat-2M"), FLAT)
+
+
 def test_parameters_repeat_a_pattern_and_are_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workloads, "_PATTERN", 64)
     first, again = (FLAT.parameters(torch.bfloat16)[0] for _ in range(2))
