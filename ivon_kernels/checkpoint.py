@@ -73,7 +73,7 @@ def from_ivon_opt(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]
         pieces = zip(params, saved["momentum"].split(sizes), saved["hess"].split(sizes), saved["params"], strict=True)
         for param, momentum, hess, key in pieces:
             state[key] = {
-                "step": torch.tensor(converged if step is None else step, dtype=torch.int64),
+                "step": torch.tensor(converged if step is None else step, dtype=torch.int64, device="cpu"),
                 "mean": param.detach().clone(),
                 "momentum": momentum.reshape(param.shape),
                 "hess": hess.reshape(param.shape),

@@ -133,7 +133,8 @@ def run(seeds: int = 3, steps: int = 600) -> Result:
         from sklearn.datasets import load_digits
 
     found = load_digits()
-    everything = Part(torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target, dtype=torch.int64))
+    inputs = torch.tensor(found.data, dtype=torch.float32, device="cpu") / 16
+    everything = Part(inputs, torch.tensor(found.target, dtype=torch.int64, device="cpu"))
     predictions: _Predictions = {row: [] for row in (ADAMW, ADAMW_SCALED, MEAN, DRAWN, DRAWN_SCALED)}
     rates = []
     total = seeds * (len(RATES) + 1)

@@ -136,7 +136,7 @@ def normals(
     threads: int | None = None,
 ) -> torch.Tensor:
     """The C++ twin of :func:`ivon_kernels.noise.normals` (same arguments, same bits), for tests and benchmarks."""
-    out = torch.empty(numel, dtype=torch.float32)
+    out = torch.empty(numel, dtype=torch.float32, device="cpu")
     threads = torch.get_num_threads() if threads is None else threads
     library().ivon_cpu_normals(out.data_ptr(), numel, seed, step, sample, replica, param, start, threads)
     return out

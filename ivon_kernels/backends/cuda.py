@@ -152,7 +152,7 @@ class _Plan:
                 continue
             key = row.tobytes()
             if key not in self.rows_on_device:
-                self.rows_on_device[key] = torch.tensor(row.tolist(), dtype=torch.int64).to(self.device)
+                self.rows_on_device[key] = torch.tensor(row.tolist(), dtype=torch.int64, device=self.device)
             self.layouts[number] = self.rows_on_device[key].data_ptr()
         for part in self.parts:
             part.call.layouts = self.layouts.buffer_info()[0]

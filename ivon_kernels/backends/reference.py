@@ -77,7 +77,7 @@ def _eps(state: ParamState, draw: Draw) -> Tensor:
     if run >= numel:
         z = noise.normals(numel, start=start, device=device, **stream)
     else:
-        i = torch.arange(numel, device=device)
+        i = torch.arange(numel, dtype=torch.int64, device=device)
         z = noise.normals_at(start + i // run * pitch + i % run, **stream)
     return z.view(state.param.shape).to(state.mean.dtype)
 

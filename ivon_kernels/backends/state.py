@@ -40,7 +40,7 @@ _lock = threading.Lock()
 
 
 def _new_page() -> Tensor:
-    return torch.zeros(_PER_PAGE, 2, dtype=torch.int64, pin_memory=True)
+    return torch.zeros(_PER_PAGE, 2, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def _pinned_mailbox() -> Tensor:
@@ -64,7 +64,8 @@ class DeviceFlags:
     def __init__(self, device: torch.device) -> None:
         self.block = torch.zeros(BLOCK_SIZE, dtype=torch.int64, device=device)
         self.block[BAD] = NOTHING_BAD
-        self.mailbox = torch.zeros(2, dtype=torch.int64) if device.type == "cpu" else _pinned_mailbox()
+        on_cpu = device.type == "cpu"
+        self.mailbox = torch.zeros(2, dtype=torch.int64, device="cpu") if on_cpu else _pinned_mailbox()
         self._letters = (ctypes.c_int64 * 2).from_address(self.mailbox.data_ptr())  # read without a tensor operation
         self.seen = 0
 
@@ -125,7 +126,7 @@ class Arena:
         self.steps = torch.zeros(len(sizes), device=device, dtype=torch.int64)
         self.flags = flags
         self.noise = torch.empty(total, device=device, dtype=torch.float32) if keep_noise else None
-        self.noise_tags = torch.full((len(sizes), 4), -1, dtype=torch.int64)
+        self.noise_tags = torch.full((len(sizes), 4), -1, dtype=torch.int64, device="cpu")
         self.sums: Tensor | None = None
         self.grad_sum: Tensor | None = None
         self.second_sum: Tensor | None = None

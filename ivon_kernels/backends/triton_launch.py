@@ -135,7 +135,7 @@ def _size(content: HostArray) -> int:
 
 
 def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 def _copy(content: HostArray, to: Tensor) -> None:

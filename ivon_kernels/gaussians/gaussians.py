@@ -117,7 +117,7 @@ class Gaussians(Mapping[str, Gaussian]):
             replace(gaussian, mean=gaussian.mean.flatten()[::stride], hess=gaussian.hess.flatten()[::stride])
             for gaussian in self.values()
         ]
-        levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+        levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64, device="cpu")
         found: list[float] = torch.quantile(torch.cat([part.sigma.double().cpu() for part in parts]), levels).tolist()
         return found
 

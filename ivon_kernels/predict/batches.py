@@ -67,7 +67,7 @@ def split_labels(batch: Any) -> Labelled:
         )
     rows = found[0].shape[0]
     if labels is not None:
-        labels = torch.as_tensor(labels)
+        labels = labels if isinstance(labels, Tensor) else torch.as_tensor(labels, device="cpu")
         if labels.shape != (rows,) or labels.is_floating_point() or labels.is_complex():
             raise ValueError(
                 f"labels must be one class number for each of the batch's {rows} rows, got {labels.dtype} of shape "

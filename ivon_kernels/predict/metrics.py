@@ -119,7 +119,7 @@ def risk_coverage(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     """
     probabilities, labels = checked(probabilities, labels)
     _, wrong = _surest_first(probabilities, labels)
-    answered = torch.arange(1, len(labels) + 1, dtype=torch.float64)
+    answered = torch.arange(1, len(labels) + 1, dtype=torch.float64, device=labels.device)
     return answered / len(labels), wrong.cumsum(0) / answered
 
 
@@ -218,7 +218,7 @@ def _surest_first(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     confidence, predicted = probabilities.max(1)
     wrong = (predicted != labels).double()
     levels, group, sizes = torch.unique(-confidence, return_inverse=True, return_counts=True)
-    errors = torch.zeros(len(sizes), dtype=torch.float64).index_add_(0, group, wrong)
+    errors = torch.zeros(len(sizes), dtype=torch.float64, device=wrong.device).index_add_(0, group, wrong)
     return -levels.repeat_interleave(sizes), (errors / sizes).repeat_interleave(sizes)
 
 

@@ -285,7 +285,7 @@ class _Part(NamedTuple):
 
 def _predict_piece(sampler: Sampler, score: Score, numbers: tuple[int, ...], batch: Labelled, keep: bool) -> _Part:
     """The average over the samples, which need not be in memory at once."""
-    total, entropies = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    total = entropies = torch.zeros((), dtype=torch.float64, device="cpu")
     kept = []
     for passed in sampler.passes(numbers, batch.rows):
         # Not inference_mode: what a model caches in a pass (rotary tables, quantization states) has to stay fit for

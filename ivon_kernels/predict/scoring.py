@@ -67,7 +67,8 @@ def next_token(choices: Sequence[int] | None = None) -> Score:
         keep = 1 if positions.tolist() == [length - 1] else positions
         options = _options(model, batch, logits_to_keep=keep)
         logits = _logits(model(**batch, **options))
-        logits = logits[torch.arange(len(ids), device=ids.device), place if "logits_to_keep" in options else last]
+        each = torch.arange(len(ids), dtype=torch.int64, device=ids.device)
+        logits = logits[each, place if "logits_to_keep" in options else last]
         if tokens is None:
             return logits
         if max(tokens) >= logits.shape[1]:
@@ -148,17 +149,17 @@ def encode_choices(
     count, length = max(map(len, each)), max(len(ids) for rows, _ in encoded for ids in rows)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     shape = len(prompts), count, length
-    ids = torch.full(shape, pad, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
-    answer_mask = torch.zeros(shape, dtype=torch.bool)
+    ids = torch.full(shape, pad, dtype=torch.int64, device="cpu")
+    mask = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    answer_mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
     for i, (rows, start) in enumerate(encoded):
         for j in range(count):
             tokens = rows[min(j, len(rows) - 1)]
-            ids[i, j, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+            ids[i, j, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
             mask[i, j, : len(tokens)] = 1
             answer_mask[i, j, start : len(tokens)] = j < len(rows)
     batch = {"input_ids": ids, "attention_mask": mask, "answer_mask": answer_mask}
-    return batch if labels is None else {**batch, "labels": torch.as_tensor(labels, dtype=torch.int64)}
+    return batch if labels is None else {**batch, "labels": torch.as_tensor(labels, dtype=torch.int64, device="cpu")}
 
 
 def _encode_one(tokenizer: Any, prompt: str, answers: Sequence[str]) -> tuple[list[list[int]], int]:

@@ -34,7 +34,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     # Finite also where a probability is 0, so that every class has a gradient.
     logs = _checked(logits).log_softmax(1).clamp_min(math.log(torch.finfo(torch.float64).tiny))
     labels = checked_labels(labels, *logs.shape)
-    inverse = torch.ones((), dtype=torch.float64, requires_grad=True)  # the cost is convex in it
+    # The cost is convex in it.
+    inverse = torch.ones((), dtype=torch.float64, device=logs.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([inverse], max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-10)
 
     def cost() -> Tensor:

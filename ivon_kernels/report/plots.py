@@ -148,7 +148,7 @@ def entropy_histogram(
     else:
         values, name = mutual_information.detach().cpu().double(), "mutual information"
         end = max(values.max().item(), 1e-6)
-    groups = {"all": (torch.ones(len(values), dtype=torch.bool), BLUE, "")}
+    groups = {"all": (torch.ones(len(values), dtype=torch.bool, device="cpu"), BLUE, "")}
     if labels is not None:
         right = probabilities.argmax(1) == labels.cpu()
         groups = {"right": (right, BLUE, ""), "wrong": (~right, ORANGE, "//")}

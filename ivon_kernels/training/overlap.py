@@ -58,7 +58,7 @@ def _refuse_elements(together: Sequence[tuple[int, int, Tensor, str]]) -> None:
             raise _shared(one, other)
     # Which parameter, from 1, each byte belongs to: exact, as large as the range, and hardly ever needed.
     first = together[0][0]
-    owner = torch.zeros(max(end for _, end, _, _ in together) - first, dtype=torch.int32)
+    owner = torch.zeros(max(end for _, end, _, _ in together) - first, dtype=torch.int32, device="cpu")
     for number, (begin, _, memory, name) in enumerate(together):
         size = memory.element_size()
         shape, stride = (*memory.shape, size), (*(s * size for s in memory.stride()), 1)

@@ -95,7 +95,8 @@ def share_samples(states: list[ParamState], samples: int, bad: bool) -> Shared:
         bad: Whether this rank must not take the step.
     """
     rank, size = world()
-    facts = torch.zeros(4, dtype=torch.float64)  # samples, bad ranks, checksums of the first and of the last rank
+    # Samples, bad ranks, checksums of the first and of the last rank.
+    facts = torch.zeros(4, dtype=torch.float64, device="cpu")
     for arena in dict.fromkeys(state.arena for state in states):  # in order, equal on every rank
         facts += _share_arena(arena, [state for state in states if state.arena is arena], samples, bad, rank, size)
         samples, bad = 0, False  # told once
@@ -115,9 +116,9 @@ def _share_arena(arena: Arena, states: list[ParamState], samples: int, bad: bool
     if rank in (0, size - 1):
         checksum = float(grad_sum.sum(dtype=torch.float64).float())
         tail[-2 if rank == 0 else -1] = checksum if abs(checksum) < torch.inf else 0.0
-    arena.tail.copy_(torch.tensor(tail, dtype=arena.tail.dtype))
+    arena.tail.copy_(torch.tensor(tail, dtype=arena.tail.dtype, device="cpu"))
     dist.all_reduce(arena.sums)
     told = arena.tail.tolist()
     for state in states:
         state.mark_summed(told[state.position] > 0.0)
-    return torch.tensor(told[-4:], dtype=torch.float64)
+    return torch.tensor(told[-4:], dtype=torch.float64, device="cpu")

@@ -114,7 +114,7 @@ class Update:
                     state.sums[0].div_(scale)
                     state.sums[1].div_(scale * scale if gradsq else scale)
         bad = samples.share(found_inf is not None and bool(found_inf))
-        return Scaling(None if found_inf is None else torch.tensor(bad, dtype=torch.bool))
+        return Scaling(None if found_inf is None else torch.tensor(bad, dtype=torch.bool, device="cpu"))
 
     def _require_gradients(self) -> None:
         """Refuse the steps of an optimizer whose parameters have never had a gradient; later steps may skip all."""

@@ -16,7 +16,7 @@ import ivon_kernels
 from ivon_kernels import IVON
 from tests.support.helpers import OPTIONS, flat, snapshot, train
 
-FACTORIES = {"empty", "eye", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
+FACTORIES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
 DTYPES = (torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -29,7 +29,8 @@ def default_dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 
 def _trained(backend: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Tensor]]:
     shapes = ((33, 3), (5,))
-    gradients = [torch.linspace(-1.0, 1.0, math.prod(s), dtype=torch.float32).view(s).to(dtype) for s in shapes]
+    options = {"dtype": torch.float32, "device": "cpu"}
+    gradients = [torch.linspace(-1.0, 1.0, math.prod(s), **options).view(s).to(dtype) for s in shapes]
     params = [nn.Parameter(gradient + 0.5) for gradient in gradients]
 
     def loss(params: list[Tensor], step: int) -> Tensor:  # no default dtype within
@@ -54,13 +55,27 @@ def test_training_has_the_bits_of_training_under_float32(
     assert all(torch.equal(a, b) for a, b in zip(means, other_means, strict=True))
 
 
-def test_the_package_allocates_nothing_without_a_dtype() -> None:
+def test_training_has_its_bits_under_another_default_device(backend: str) -> None:
+    """Scripts call torch.set_default_device("cuda") and have parameters elsewhere; what is on "meta" has no values."""
+    state, means = _trained(backend, torch.float32)
+    with torch.device("meta"):
+        other_state, other_means = _trained(backend, torch.float32)
+    for key, value in state.items():
+        assert torch.equal(other_state[key], value), key
+    assert all(torch.equal(a, b) for a, b in zip(means, other_means, strict=True))
+
+
+def test_the_package_allocates_nothing_without_a_dtype_and_a_device() -> None:
     found = []
     for path in Path(inspect.getfile(ivon_kernels)).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
-            if of_torch and node.func.attr in FACTORIES and not {"dtype"} & {word.arg for word in node.keywords}:
+            if (
+                of_torch
+                and node.func.attr in FACTORIES
+                and not {"dtype", "device"} <= {word.arg for word in node.keywords}
+            ):
                 found.append(f"{path.name}:{node.lineno}: torch.{node.func.attr}")
     assert not found

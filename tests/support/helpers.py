@@ -120,7 +120,7 @@ def snapshot(optimizer: IVON) -> dict[str, Tensor]:
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         result[f"{i}.param"] = p.detach().clone()
         for key, value in optimizer.state[p].items():
-            result[f"{i}.{key}"] = torch.as_tensor(value).clone()
+            result[f"{i}.{key}"] = value.clone() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
     return result
 
 
