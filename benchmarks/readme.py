@@ -188,8 +188,8 @@ def finetune(results: Path) -> str:
 
 
 def finetune_seeds(results: Path) -> str:
-    """The main job's NLL less AdamW's, a row for each seed."""
-    rows = []
+    """The main job's NLL less AdamW's, a row for each seed, and the mean of all with its standard error."""
+    rows, values = [], []
     for record in map(_read, (results / "finetune").glob("*.json")):
         scores = {row["name"]: row["scores"]["nll"] for row in record["rows"]}
         less = {
@@ -198,7 +198,11 @@ def finetune_seeds(results: Path) -> str:
         }
         row = {"NLL, less AdamW's": f"seed {record['settings']['seed']}", "AdamW": f"{scores['AdamW']:.3f}"}
         rows.append(row | {name: cell.strip() for name, cell in differences(less)["NLL"].items()})
-    return markdown(pd.DataFrame(rows).sort_values("NLL, less AdamW's"))
+        values.append({"AdamW": scores["AdamW"], **{name: found["nll"].value for name, found in less.items()}})
+    table, found = pd.DataFrame(rows).sort_values("NLL, less AdamW's"), pd.DataFrame(values)
+    mean, error = found.mean(), found.sem()
+    table.loc[len(table)] = {"NLL, less AdamW's": "mean"} | {n: f"{mean[n]:.3f} ± {error[n]:.3f}" for n in found}
+    return markdown(table)
 
 
 def evaluate(results: Path) -> str:
