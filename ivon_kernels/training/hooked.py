@@ -26,7 +26,7 @@ def hooked(step: _Step) -> _Step:
 
     @functools.wraps(step)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if not torch.autograd._profiler_enabled():
+        if not torch._C._autograd._profiler_enabled():
             return _with_hooks(step, self, args, kwargs)
         with record_function(f"Optimizer.step#{type(self).__name__}.step"):
             return _with_hooks(step, self, args, kwargs)

@@ -32,7 +32,7 @@ extern "C" void** __cudaRegisterFatBinary(void*) {
 extern "C" void __cudaRegisterFatBinaryEnd(void**) {}
 extern "C" void __cudaUnregisterFatBinary(void**) {}
 extern "C" void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*,
-                                   void*, int*) {
+                                       void*, int*) {
   kernels()[host] = device;
 }
 extern "C" void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
@@ -64,6 +64,7 @@ extern "C" int cudaLaunchKernel(const void* kernel, Dim grid, Dim block, void** 
 }
 
 // From the host functions that nvcc makes of kernels, which launch.cu does not call.
-extern "C" int __cudaLaunchKernel(const void* kernel, Dim grid, Dim block, void** arguments, size_t shared, void* stream) {
+extern "C" int __cudaLaunchKernel(const void* kernel, Dim grid, Dim block, void** arguments, size_t shared,
+                                  void* stream) {
   return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }
