@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from importlib.machinery import PathFinder
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,6 +45,8 @@ def compile_job(job: dict[str, Any]) -> tuple[str, int]:
 
 
 def _main() -> None:
+    # The sources in this folder, also where another checkout is installed in its place (pip install -e).
+    sys.meta_path.insert(0, PathFinder)
     _only_ptx()
     for line in sys.stdin:
         sys.stdout.write(json.dumps(compile_job(json.loads(line))) + "\n")
