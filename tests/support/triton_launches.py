@@ -24,11 +24,11 @@ class Launched(NamedTuple):
     codes: list[str]  # hashes of the PTX, one for each of VALUES
 
 
-def _driver() -> Any:
-    """As much of a driver as a launch asks before it compiles."""
+def driver_of(gpu: str) -> Any:
+    """As much of a driver of a GPU (``sm_90``) as a launch asks before it compiles."""
     from triton.backends.compiler import GPUTarget
 
-    target = GPUTarget("cuda", 90, 32)
+    target = GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
     return SimpleNamespace(
         get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
     )
@@ -41,7 +41,7 @@ def look(module: str, name: str, constants: dict[str, Any]) -> Launched:
 
     from ivon_kernels.backends.triton_launch import OPTIONS
 
-    driver.set_active(_driver())
+    driver.set_active(driver_of("sm_90"))
     kernel = getattr(importlib.import_module(module), name)
     flags = {key: getattr(tl, value) if isinstance(value, str) else value for key, value in constants.items()}
     names = [param.name for param in kernel.params if not param.is_constexpr]

@@ -98,12 +98,17 @@ def _merged(entry: Entry, instruction: Instruction) -> Run:
         mask = mask_for(lanes)
         before = {name: lanes.values.get(name) for name in written}
         run(lanes)
-        for name, old in before.items():
-            if old is not None:
-                new = lanes.values[name]
-                lanes.values[name] = np.where(mask, new, old.view(new.dtype))
+        _keep(lanes, mask, before)
 
     return masked
+
+
+def _keep(lanes: Lanes, mask: Array, before: dict[str, Array | None]) -> None:
+    """Registers stay what they were in the threads whose predicate does not hold."""
+    for name, old in before.items():
+        if old is not None:
+            new = lanes.values[name]
+            lanes.values[name] = np.where(mask, new, old.view(new.dtype))
 
 
 def _computed(entry: Entry, instruction: Instruction) -> Run:
@@ -286,10 +291,7 @@ def _load(entry: Entry, instruction: Instruction) -> Run:
             whole = np.zeros(lanes.count, dtype=dtype)
             whole[part] = value.view(dtype)
             put(lanes, whole)
-        for name, old in before.items():
-            if old is not None:
-                new = lanes.values[name]
-                lanes.values[name] = np.where(mask, new, old.view(new.dtype))
+        _keep(lanes, mask, before)
 
     return load
 

@@ -10,8 +10,9 @@ import importlib
 import json
 import sys
 from importlib.machinery import PathFinder
-from types import SimpleNamespace
 from typing import Any
+
+from tests.support.triton_launches import driver_of
 
 
 def _only_ptx() -> None:
@@ -21,22 +22,12 @@ def _only_ptx() -> None:
     CUDABackend.make_cubin = lambda *args, **options: b""
 
 
-def _driver(gpu: str) -> Any:
-    """As much of a driver as a launch asks before it compiles."""
-    from triton.backends.compiler import GPUTarget
-
-    target = GPUTarget("cuda", int(gpu.removeprefix("sm_")), 32)
-    return SimpleNamespace(
-        get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target
-    )
-
-
 def compile_job(job: dict[str, Any]) -> tuple[str, int]:
     """One job: module, kernel, gpu, flags (dtypes by name), the first launch's arguments, options."""
     import triton.language as tl
     from triton.runtime import driver
 
-    driver.set_active(_driver(job["gpu"]))
+    driver.set_active(driver_of(job["gpu"]))
     kernel = getattr(importlib.import_module(job["module"]), job["kernel"])
     flags = [getattr(tl, value) if isinstance(value, str) else value for value in job["flags"]]
     kernel.device_caches.clear()  # of another GPU
