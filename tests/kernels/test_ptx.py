@@ -281,10 +281,23 @@ WRONG: dict[str, tuple[str, str]] = {
     "global memory that nobody wrote": ("ld.global.b32 %r3, [%d1];", "nobody wrote"),
     "shared memory that nobody wrote": ("ld.shared.b32 %r3, [tile+16];", "nobody wrote"),
     "beyond shared memory": ("st.shared.b32 [tile+1024], %r1;", "of shared memory"),
-    "a register without a value": ("add.s32 %r3, %r1, %r30;", "has no value"),
+    "a store of a register without a value": ("st.global.b32 [%d2], %r30;", "r30 has no value"),
+    "a store of what is computed from one": (
+        "add.s32 %r3, %r1, %r30; sub.s32 %r4, %r3, %r30; st.global.b32 [%d2], %r4;",
+        "r4 has no value",
+    ),
+    "an address without a value": ("add.s64 %d4, %d1, %d8; ld.global.b32 %r3, [%d4];", "d4 has no value"),
+    "a branch by what has no value": ("setp.eq.u32 %p1, %r30, 3; @%p1 bra end; mov.u32 %r3, 1; end:", "no value"),
+    "a predicate without a value": ("setp.eq.u32 %p1, %r30, 3; @%p1 mov.u32 %r3, 1;", "p1 has no value"),
+    "a vote of what has no value": ("vote.sync.any.pred %p2, %p1, -1;", "p1 has no value"),
     "a register with a value for some": (
-        "setp.eq.u32 %p1, %r0, 3; @%p1 mov.u32 %r30, 1; mov.u32 %r3, %r30;",
-        "has no value",
+        "setp.eq.u32 %p1, %r0, 3; @%p1 mov.u32 %r30, 1; mov.u32 %r3, %r30; st.global.b32 [%d2], %r3;",
+        "r3 has no value",
+    ),
+    "an exchange that brings no value": (
+        "setp.eq.u32 %p1, %r0, 3; @!%p1 mov.u32 %r30, 1; shfl.sync.bfly.b32 %r3, %r30, 1, 31, -1;"
+        "setp.eq.u32 %p2, %r0, 2; @%p2 st.global.b32 [%d2], %r3;",
+        "r3 has no value",
     ),
     "a race of a read": (THROUGH_SHARED.format(barrier=""), "a race|nobody wrote"),
     "a race of writes": ("st.shared.b32 [tile], %r1;", "a race"),
@@ -320,6 +333,25 @@ def test_errors(name: str, seed: int | None) -> None:
             run(load + body, first, second, spans=spans, seed=seed)
     else:  # threads that wait at two places of one barrier are no error; that some are gone is none
         run(load + body, first, second)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_values_that_nobody_uses_need_not_be_there(seed: int | None) -> None:
+    """A sum over the first four of 64 threads, as compilers write it: the others add what they never loaded."""
+    first, second = numbers(4, count=4), numbers(1, count=1)
+    run(
+        """
+        setp.lt.u32 %p1, %r0, 4; shl.b32 %r2, %r0, 2; cvt.u64.u32 %d3, %r2; add.s64 %d4, %d1, %d3;
+        @%p1 ld.global.b32 %r1, [%d4];
+        shfl.sync.bfly.b32 %r3, %r1, 2, 31, -1; add.s32 %r3, %r3, %r1;
+        shfl.sync.bfly.b32 %r4, %r3, 1, 31, -1; add.s32 %r4, %r4, %r3;
+        setp.eq.u32 %p2, %r0, 0; @%p2 st.global.b32 [%d2], %r4;
+        """,
+        first,
+        second,
+        seed=seed,
+    )
+    assert second.item() == signed(int(first.sum()))
 
 
 def test_threads_that_never_come() -> None:

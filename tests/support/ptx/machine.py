@@ -17,9 +17,10 @@ import numpy as np
 
 from tests.support.ptx import matrices, warps
 from tests.support.ptx.decode import decode, names_in, results, sources
+from tests.support.ptx.definedness import followed, watched
 from tests.support.ptx.lanes import WARP, Array, Copies, Lanes, Launch, Run, mask_of
 from tests.support.ptx.memory import Global, Parameters, Shared
-from tests.support.ptx.text import ENDS, Entry, Immediate, Instruction, PtxError, Symbol, Vector, parse
+from tests.support.ptx.text import ENDS, Entry, Immediate, Instruction, PtxError, Symbol, parse
 
 _RESIDENT = 64  # blocks at a time
 _FEW = 6  # where the order is random
@@ -45,6 +46,7 @@ class _Block:
     Attributes:
         inputs: Registers that it reads before it writes them.
         outputs: Registers that it writes, and others or its next turn read.
+        unsure_end: Registers without a value, perhaps, by which it decides where to go on.
     """
 
     def __init__(self, instructions: Sequence[Instruction]) -> None:
@@ -64,6 +66,7 @@ class _Block:
             self.written |= set(results(instruction))
         self.outputs: set[str] = set()
         self.steps: list[_Step] = []
+        self.unsure_end: list[str] = []
 
 
 class Program:
@@ -83,36 +86,20 @@ class Program:
         self.together = 4 if in_groups else 1  # warps that take their turns together
         self.next = [self._following(number) for number in range(len(self.blocks))]
         unsure = self._unsure()
-        for number, block in enumerate(self.blocks):
-            block.steps = [self._step(instruction, unsure[number]) for instruction in block.body]
+        self._tracked = {name for block in unsure for names in block for name in names}
+        for block, of_block in zip(self.blocks, unsure, strict=True):
+            block.steps = [self._step(*each) for each in zip(block.body, of_block, strict=False)]
+            block.unsure_end = of_block[-1] if block.end else []
 
-    def _step(self, instruction: Instruction, unsure: set[str]) -> _Step:
+    def _step(self, instruction: Instruction, unsure: list[str]) -> _Step:
         try:
             run = decode(self.entry, instruction, _OTHERS)
         except PtxError as error:
             raise PtxError(f"{self.entry.name}: {error} in: {instruction.text}") from None
-        packs = instruction.opcode == "mov" and isinstance(instruction.operands[1], Vector)
-        reads = [name for name in sources(instruction) if name in unsure and not packs]
-        return _Step(self._watched(run, instruction, reads), instruction.text)
-
-    def _watched(self, run: Run, instruction: Instruction, reads: list[str]) -> Run:
-        """With a look at registers that may have no value yet."""
         written = [name for name in results(instruction) if name in self._tracked]
-        if not reads and not written:
-            return run
-        mask_for = mask_of(instruction)
-
-        def watched(lanes: Lanes) -> None:
-            mask = mask_for(lanes)
-            for name in reads:
-                assigned = lanes.assigned[name][lanes.numbers]
-                if not (assigned if mask is None else assigned | ~mask).all():
-                    raise PtxError(f"register {name} has no value")
-            run(lanes)
-            for name in written:
-                lanes.assigned[name][lanes.numbers] |= True if mask is None else mask
-
-        return watched
+        if unsure or written:
+            run = watched(run, instruction, unsure, written)
+        return _Step(run, instruction.text)
 
     def _following(self, number: int) -> list[int]:
         """The blocks that may come after a block."""
@@ -130,22 +117,21 @@ class Program:
             raise PtxError(f"{self.entry.name}: a branch to nowhere: {branch.text}")
         return self.entry.targets[target.name]
 
-    def _unsure(self) -> list[set[str]]:
-        """For each block the registers that not every way to it has given a value."""
-        everything = set(self.entry.registers)
+    def _unsure(self) -> list[list[list[str]]]:
+        """For each instruction of each block what it reads though not every way to it has given it a value."""
         missing: list[set[str]] = [set() for _ in self.blocks]
-        missing[0] = everything
-        work = [0]
+        missing[0] = set(self.entry.registers)
+        found: list[list[list[str]]] = [[] for _ in self.blocks]
+        work = list(reversed(range(len(self.blocks))))
         while work:
             number = work.pop()
-            after = missing[number] - self.blocks[number].surely
+            after = set(missing[number])
+            found[number] = [followed(instruction, after) for instruction in self.blocks[number].instructions]
             for to in self.next[number]:
                 if not after <= missing[to]:
-                    missing[to] = missing[to] | after
+                    missing[to] |= after
                     work.append(to)
-        unsure = [missing[i] & block.inputs for i, block in enumerate(self.blocks)]
-        self._tracked = set().union(*unsure)
-        return unsure
+        return found
 
     def run(
         self,
@@ -252,6 +238,8 @@ class _Wave:
         if end is None:
             self._at[at] = number + 1
             return
+        if not all(lanes.assigned[name][at].all() for name in block.unsure_end):
+            raise PtxError(f"{self._program.entry.name}: a branch by what has no value: {end.text}")
         mask = mask_of(end)(lanes)
         if end.predicate:
             for name in names_in(end.operands[0]) if end.operands else []:
