@@ -133,12 +133,20 @@ def _tiles(tokens: int, rank: int, dtype: torch.dtype) -> _Tiles:
     """
     block = 16 if tokens <= 16 else 64
     sizes = (32, 16) if dtype == torch.float32 else (64, 32, 16)
-    ranks = 8 if rank <= 8 else min(sizes, key=lambda size: -(-rank // size) * size)
+    ranks = _least_rank() if rank <= 8 else min(sizes, key=lambda size: -(-rank // size) * size)
     if interpreted():
         return _Tiles(16, ranks, 32, 16)
     if dtype == torch.float32:
         return _Tiles(block, ranks, {8: 64, 16: 32, 32: 16}[ranks], 32 if ranks == 32 else 64)
     return _Tiles(block, ranks, 64 if ranks <= 16 else 32, 32 if ranks == 64 else 64)
+
+
+@functools.cache
+def _least_rank() -> int:
+    """The narrowest product: Triton 3.4 refuses one of 8 columns."""
+    import triton
+
+    return 16 if triton.__version__.startswith("3.4.") else 8
 
 
 def _addresses(source: Tensor, factor: Factor, target: Tensor) -> tuple[int, int, int, int]:

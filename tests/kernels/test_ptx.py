@@ -335,6 +335,21 @@ def test_errors(name: str, seed: int | None) -> None:
         run(load + body, first, second)
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("bf16x2", torch.bfloat16), ("f16x2", torch.float16)])
+def test_comparisons_of_two_halves(kind: str, dtype: torch.dtype) -> None:
+    """As Triton 3.4 and 3.5 look for edited weights."""
+    values = torch.tensor([0.0, -0.0, 1.0, -1.5, float("nan"), float("inf")]).to(dtype)
+    pairs = torch.cartesian_prod(values, values)[torch.arange(64) % 36]
+    first, second = pairs[:, 0].repeat_interleave(2)[:128], pairs[:, 1].repeat_interleave(2).roll(1)[:128]
+    expected = (first != second).view(64, 2).int() @ torch.tensor([1, 2], dtype=torch.int32)
+    result = first.contiguous().view(torch.int32).clone()
+    body = (
+        f"setp.neu.{kind} %p1|%p2, %r1, %r2; selp.b32 %r3, 1, 0, %p1; selp.b32 %r4, 2, 0, %p2; add.u32 %r3, %r3, %r4;"
+    )
+    run(LOADED + body + STORED, result, second.contiguous().view(torch.int32))
+    assert result.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("seed", [None, 1])
 def test_values_that_nobody_uses_need_not_be_there(seed: int | None) -> None:
     """A sum over the first four of 64 threads, as compilers write it: the others add what they never loaded."""

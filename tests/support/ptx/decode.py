@@ -201,8 +201,10 @@ def _convert(entry: Entry, instruction: Instruction) -> Run:
 def _compare(entry: Entry, instruction: Instruction) -> Run:
     name, *rest = instruction.modifiers
     kind = rest[-1]
-    function = comparison(name, "f32" if kind == "bf16" else kind)
     to = instruction.operands[0]
+    if kind in ("bf16x2", "f16x2") and isinstance(to, Pair) and len(rest) == 1:
+        return _compare_halves(entry, instruction, to)
+    function = comparison(name, "f32" if kind == "bf16" else kind)
     if len(rest) > 1 and rest[0] in ("and", "or", "xor") and len(instruction.operands) == 4:
         combine = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}[rest[0]]
         third = getter(entry, instruction.operands[3], "pred")
@@ -220,6 +222,23 @@ def _compare(entry: Entry, instruction: Instruction) -> Run:
     if combine is not None and third is not None:
         return lambda lanes: put(lanes, combine(function(a(lanes), b(lanes)), third(lanes)))
     return lambda lanes: put(lanes, function(a(lanes), b(lanes)))
+
+
+def _compare_halves(entry: Entry, instruction: Instruction, to: Pair) -> Run:
+    """The two numbers of a register by themselves: a predicate for the lower and one for the upper."""
+    name, kind = instruction.modifiers
+    function = comparison(name, "f32")
+    as_numbers = from_bfloat16 if kind == "bf16x2" else lambda bits: bits.view(np.float16)
+    a, b = (getter(entry, operand, "u32") for operand in instruction.operands[1:])
+    puts = [(setter(entry, part, "pred"), shift) for part, shift in ((to.first, 0), (to.second, 16))]
+
+    def compare(lanes: Lanes) -> None:
+        left, right = a(lanes), b(lanes)
+        for put, shift in puts:
+            halves = [(value >> np.uint32(shift)).astype(np.uint16) for value in (left, right)]
+            put(lanes, function(*map(as_numbers, halves)))
+
+    return compare
 
 
 class Access:
