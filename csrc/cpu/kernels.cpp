@@ -78,21 +78,25 @@ void normals_entry(float* out, int64_t n, const IvonCall& call, int64_t step, in
   normals(out, n, make_stream(call, step, param), start);
 }
 
+template <int64_t kDtype>
+void adopt_edits(const float* weights, float* mean, int64_t n) {
+  int32_t edited = 0;
+  for (int64_t i = 0; i < n; ++i) edited |= weights[i] != round_trip(mean[i], kDtype);
+  if (edited == 0) return;
+  for (int64_t i = 0; i < n; ++i) {
+    if (weights[i] != round_trip(mean[i], kDtype)) mean[i] = weights[i];
+  }
+}
+
 // The weights hold the mean; where they differ from it, somebody edited them: that is the new mean.
 void adopt_edits(const IvonTensor& t, int64_t begin, int64_t n) {
+  float* mean = t.mean + begin;
+  if (t.layout == nullptr && holds_rounded(t, begin, n, mean)) return;
   float buffer[kChunk];
   const float* weights = read_param(t, begin, n, buffer);
-  float* mean = t.mean + begin;
-  bool edited = false;
-  if (t.param_dtype == IVON_FLOAT32) {
-    edited = __builtin_memcmp(weights, mean, static_cast<size_t>(n) * sizeof(float)) != 0;
-  } else {
-    for (int64_t i = 0; i < n; ++i) edited |= weights[i] != round_trip(mean[i], t.param_dtype);
-  }
-  if (!edited) return;
-  for (int64_t i = 0; i < n; ++i) {
-    if (weights[i] != round_trip(mean[i], t.param_dtype)) mean[i] = weights[i];
-  }
+  if (t.param_dtype == IVON_BFLOAT16) return adopt_edits<IVON_BFLOAT16>(weights, mean, n);
+  if (t.param_dtype == IVON_FLOAT16) return adopt_edits<IVON_FLOAT16>(weights, mean, n);
+  adopt_edits<IVON_FLOAT32>(weights, mean, n);
 }
 
 const StepScalars& scalars_of(const IvonTensor& t, const IvonCall& call) {

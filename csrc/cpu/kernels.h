@@ -7,7 +7,7 @@
 namespace ivon {
 
 // Small enough that a chunk's five streams stay in the L1 cache, large enough to hide the bookkeeping.
-constexpr int64_t kChunk = 1024;
+constexpr int64_t kChunk = 256;
 
 // Whether the call's samples are kept: those of training, where there is room.
 inline bool keeps_noise(const IvonTensor& t, const IvonCall& call) {

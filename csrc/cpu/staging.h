@@ -52,6 +52,14 @@ IVON_FN float round_trip(float x, int64_t dtype) {
   return dtype == IVON_FLOAT32 ? x : to_float(from_float(x, dtype), dtype);
 }
 
+// Whether all have the bits of the values, rounded. Integers alone: compilers do many at a time.
+template <int64_t kDtype>
+inline bool holds_rounded(const uint16_t* weights, int64_t n, const float* values) {
+  int32_t changed = 0;
+  for (int64_t i = 0; i < n; ++i) changed |= weights[i] ^ from_float(values[i], kDtype);
+  return changed == 0;
+}
+
 // Walks elements begin, begin + 1, ... in row-major order and yields their storage offsets.
 class Odometer {
  public:
@@ -121,6 +129,17 @@ inline const float* read_param(const IvonTensor& t, int64_t begin, int64_t n, fl
 
 // Whether the parameter can be computed in place.
 inline bool is_plain_float(const IvonTensor& t) { return t.param_dtype == IVON_FLOAT32 && t.layout == nullptr; }
+
+// Whether the elements of a contiguous parameter have the bits of `values`, rounded to its dtype.
+inline bool holds_rounded(const IvonTensor& t, int64_t begin, int64_t n, const float* values) {
+  if (t.param_dtype == IVON_FLOAT32) {
+    const float* weights = static_cast<const float*>(t.param) + begin;
+    return __builtin_memcmp(weights, values, static_cast<size_t>(n) * sizeof(float)) == 0;
+  }
+  const uint16_t* weights = static_cast<const uint16_t*>(t.param) + begin;
+  return t.param_dtype == IVON_BFLOAT16 ? holds_rounded<IVON_BFLOAT16>(weights, n, values)
+                                        : holds_rounded<IVON_FLOAT16>(weights, n, values);
+}
 
 // Where to compute a chunk of the parameter: in place for contiguous float32, else in `buffer` (then write_param).
 inline float* param_target(const IvonTensor& t, int64_t begin, float* buffer) {
