@@ -19,6 +19,9 @@ INTERRUPTED = 130
 
 def finetune(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "vader_nyt",
+    recipe: Annotated[
+        str | None, typer.Option(help="paper: the published settings and splits, for the paper's six tasks.")
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, ivon, or both, one after the other.")] = "both",
     steps: Annotated[int | None, typer.Option(help="Training steps per optimizer.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples per step.")] = None,

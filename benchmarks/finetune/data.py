@@ -18,7 +18,8 @@ from benchmarks.finetune.tasks import LETTERS, Task
 DATA = Path(__file__).resolve().parent.parent / "data"
 # Shares of a bundled file, by position: the rows were shuffled once.
 TRAIN_END, VALIDATION_END = 0.60, 0.75
-HUB_TRAIN_END = 0.9
+# And of a published training split, where there are published ones.
+PUBLISHED_TRAIN_END = 0.9
 # Batches whose examples are sorted by length together, so that little is padded.
 BATCHES_PER_BUCKET = 8
 
@@ -77,18 +78,30 @@ def _ask_one_rater(examples: list[Example], rng: torch.Generator) -> list[Exampl
 
 
 def _load_bundled(task: Task, split: str) -> Dataset:
-    with gzip.open(DATA / f"{task.name}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        examples = [_bundled_example(json.loads(line)) for line in lines]
-    rows = list({example.prompt: example for example in examples}.values())  # each prompt in one split only
+    if task.published_splits:
+        test = _bundled_rows(f"{task.name}_test")
+        asked = {example.prompt for example in test}  # a few questions are in both published splits
+        train = [example for example in _bundled_rows(f"{task.name}_train") if example.prompt not in asked]
+        kept = int(len(train) * PUBLISHED_TRAIN_END)
+        return Dataset(train[:kept], train[kept:] if split == "validation" else test)
+    rows = _bundled_rows(task.name)
     first, second = int(len(rows) * TRAIN_END), int(len(rows) * VALIDATION_END)
     test = rows[first:second] if split == "validation" else rows[second:]
     return Dataset(rows[:first], [e for e in test if e.votes is None or e.votes.count(max(e.votes)) == 1])
 
 
-def _bundled_example(row: dict[str, Any]) -> Example:
+def _bundled_rows(name: str) -> list[Example]:
+    with gzip.open(DATA / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        examples = [example for line in lines if (example := _bundled_example(json.loads(line)))]
+    return list({example.prompt: example for example in examples}.values())  # each prompt once
+
+
+def _bundled_example(row: dict[str, Any]) -> Example | None:
     if "votes" in row:
         votes = tuple(row["votes"])
         return Example(f"{row['text']} Sentiment:", votes.index(max(votes)), votes)
+    if "question" in row:
+        return _four_choices(row["question"], row["choices"], row["label"])
     return Example(_choice_prompt(row["input"], row["choices"]), row["answer"])
 
 
@@ -115,7 +128,7 @@ def _load_hub(task: Task, split: str) -> Dataset:
             f"which needs a network or a filled cache: {reason}"
         ) from error
     train, test = ([e for row in splits[name] if (e := hub_example(task, row))] for name in ("train", "validation"))
-    kept = int(len(train) * HUB_TRAIN_END)
+    kept = int(len(train) * PUBLISHED_TRAIN_END)
     return Dataset(train[:kept], train[kept:]) if split == "validation" else Dataset(train, test)
 
 
@@ -127,9 +140,12 @@ def hub_example(task: Task, row: dict[str, Any]) -> Example | None:
         prompt = _choice_prompt(f"What fits in the blank? {row['sentence']}", [row["option1"], row["option2"]])
         return Example(prompt, int(row["answer"]) - 1)
     question, choices = row["question_stem" if task.name == "openbookqa" else "question"], row["choices"]
-    if len(choices["text"]) != len(LETTERS):
-        return None
-    return Example(_choice_prompt(question, choices["text"]), choices["label"].index(row["answerKey"]))
+    return _four_choices(question, choices["text"], choices["label"].index(row["answerKey"]))
+
+
+def _four_choices(question: str, choices: Sequence[str], label: int) -> Example | None:
+    """None for the few questions of ARC that have three or five."""
+    return Example(_choice_prompt(question, choices), label) if len(choices) == len(LETTERS) else None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Settings(Recipe):
     """A task's recipe with the user's changes, and everything else that a run needs to know."""
 
     task: str
+    recipe: str | None = None
     split: str
     optimizers: tuple[str, ...]
     seed: int = 0
@@ -45,15 +46,21 @@ class Settings(Recipe):
 
 
 def resolve(
-    *, task: str, optimizer: str, lr: float | None = None, quick: bool = False, **options: Any
+    *,
+    task: str,
+    optimizer: str,
+    recipe: str | None = None,
+    lr: float | None = None,
+    quick: bool = False,
+    **options: Any,
 ) -> tuple[Task, Settings]:
     """Lays the user's options over the task's recipe: None keeps the recipe's value, and `lr` is the optimizer's.
 
-    `quick` makes the recipe's own amounts small.
+    `recipe` "paper" is the published one, for the paper's tasks. `quick` makes the recipe's own amounts small.
 
     UserError for an unknown name, a number out of range, and an option that would have no effect.
     """
-    found = find_task(task)
+    found = find_task(task, recipe)
     if optimizer not in OPTIMIZERS:
         raise UserError(f"Unknown optimizer '{optimizer}'; choose one of {', '.join(OPTIMIZERS)}.")
     given = {name: value for name, value in {"lr": lr, **options}.items() if value is not None}
@@ -66,7 +73,10 @@ def resolve(
     if lr is not None:
         given["adamw_lr" if optimizer == "adamw" else "ivon_lr"] = given.pop("lr")
     return found, Settings(
-        task=task, optimizers=OPTIMIZERS[optimizer], **{**asdict(found.recipe), **(QUICK if quick else {}), **given}
+        task=task,
+        recipe=recipe,
+        optimizers=OPTIMIZERS[optimizer],
+        **{**asdict(found.recipe), **(QUICK if quick else {}), **given},
     )
 
 

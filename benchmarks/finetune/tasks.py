@@ -40,13 +40,15 @@ class Recipe:
 class Task:
     """A classification task whose classes are read off the next-token logits of `label_words`.
 
-    `hub` are the arguments of `datasets.load_dataset`; empty where the data is in `benchmarks/data`.
+    `hub` are the arguments of `datasets.load_dataset`; empty where the data is in `benchmarks/data`: in one file that
+    is split by position, or with `published_splits` in a file for training and one for the test.
     """
 
     name: str
     label_words: tuple[str, ...]
     recipe: Recipe
     hub: tuple[str, ...] = ()
+    published_splits: bool = False
 
 
 # Every example is seen ten times. How the learning rate was found is told in benchmarks/finetune/README.md.
@@ -60,27 +62,37 @@ PAPER_BINARY = replace(PAPER, ess=1e7, hess_init=3e-4)
 
 _SENTIMENT = (" negative", " neutral", " positive")
 _TRUTH = (" False", " True")
+_SCIENCE = ("arc_easy", "arc_challenge", "openbookqa")
 _TASKS = (
     *(Task(f"vader_{domain}", _SENTIMENT, LAPTOP) for domain in ("nyt", "movie", "amazon", "tweets")),
     Task("bigbench_social_iqa", LETTERS[:3], LAPTOP_CHOICE),
     Task("bigbench_wikihow_step", LETTERS, LAPTOP_CHOICE),
     Task("bigbench_strategyqa", LETTERS[:2], LAPTOP_CHOICE),
     Task("bigbench_logical_fallacy", LETTERS[:2], LAPTOP_CHOICE),
+    *(Task(name, LETTERS, LAPTOP_CHOICE, published_splits=True) for name in _SCIENCE),
     Task("winogrande_s", LETTERS[:2], PAPER_BINARY, ("allenai/winogrande", "winogrande_s")),
     Task("winogrande_m", LETTERS[:2], replace(PAPER_BINARY, ess=1e8), ("allenai/winogrande", "winogrande_m")),
-    Task("arc_challenge", LETTERS, PAPER, ("allenai/ai2_arc", "ARC-Challenge")),
-    Task("arc_easy", LETTERS, PAPER, ("allenai/ai2_arc", "ARC-Easy")),
-    Task("openbookqa", LETTERS, PAPER, ("allenai/openbookqa", "main")),
     Task("boolq", _TRUTH, PAPER_BINARY, ("google/boolq",)),
 )
 TASKS = {task.name: task for task in _TASKS}
+# The paper judges on the published validation splits, which the bundled files of these do not have.
+_FROM_HUB = (
+    Task("arc_challenge", LETTERS, PAPER, ("allenai/ai2_arc", "ARC-Challenge")),
+    Task("arc_easy", LETTERS, PAPER, ("allenai/ai2_arc", "ARC-Easy")),
+    Task("openbookqa", LETTERS, PAPER, ("allenai/openbookqa", "main")),
+)
+PUBLISHED = {task.name: task for task in (*_TASKS, *_FROM_HUB) if task.hub}
+"""The paper's six tasks, with its recipe and its splits, from the hub."""
 
 
-def find_task(name: str) -> Task:
-    """The task called `name`, or UserError."""
-    if name not in TASKS:
-        raise UserError(f"Unknown task '{name}'; the tasks are {', '.join(TASKS)}.")
-    return TASKS[name]
+def find_task(name: str, recipe: str | None = None) -> Task:
+    """The task called `name`, or UserError; with the recipe "paper" as the paper trains and judges it."""
+    if recipe not in (None, "paper"):
+        raise UserError(f"Unknown recipe '{recipe}'; there is one, paper.")
+    known, kind = (TASKS, "task") if recipe is None else (PUBLISHED, "task of the paper")
+    if name not in known:
+        raise UserError(f"Unknown {kind} '{name}'; the {kind.replace('task', 'tasks')} are {', '.join(known)}.")
+    return known[name]
 
 
 def domains(task: Task) -> list[Task]:

@@ -17,12 +17,12 @@ from benchmarks.environment import write_record
 from benchmarks.finetune import data, model, report, train
 from benchmarks.finetune.data import Example
 from benchmarks.finetune.settings import resolve
-from benchmarks.finetune.tasks import TASKS
+from benchmarks.finetune.tasks import PUBLISHED, TASKS
 from ivon_kernels.predict import metrics
 from tests.support.finetune_model import save_tiny_model
 
 BUNDLED_TASKS = [task for task in TASKS.values() if not task.hub]
-HUB_TASKS = [task for task in TASKS.values() if task.hub]
+HUB_TASKS = list(PUBLISHED.values())
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_hub_tasks_become_examples(task: Any, monkeypatch: pytest.MonkeyPatch) -
         return {"train": [row, row], "validation": [row]}
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    loaded = load(task.name)
+    loaded = data.load_dataset(task, split="test")
     assert asked == [task.hub]
     assert (len(loaded.train), len(loaded.test)) == (2, 1)
     assert loaded.test[0].label == 1
@@ -121,7 +121,19 @@ def test_hub_tasks_become_examples(task: Any, monkeypatch: pytest.MonkeyPatch) -
 
 def test_arc_questions_without_four_choices_are_left_out() -> None:
     row = {"question": "Q?", "choices": {"text": list("pqr"), "label": list("ABC")}, "answerKey": "B"}
-    assert data.hub_example(TASKS["arc_easy"], row) is None
+    assert data.hub_example(PUBLISHED["arc_easy"], row) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "test"), [("arc_easy", 2241, 2365), ("arc_challenge", 1117, 1165), ("openbookqa", 4957, 500)]
+)
+def test_bundled_tasks_of_the_paper_keep_its_splits(name: str, train: int, test: int) -> None:
+    """Of the files' questions with four choices a few are asked twice, or in both splits."""
+    found, validation = load(name), load(name, split="validation").test
+    distinct = len(found.train) + len(validation)
+    assert 0.97 * train <= distinct <= train and test - 5 <= len(found.test) <= test
+    assert len(found.train) == int(0.9 * distinct)
+    assert {e.prompt.count("\nD. ") for e in found.train + found.test} == {1}
 
 
 def test_hub_tasks_without_network_end_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +309,7 @@ def test_lr_is_that_of_the_chosen_optimizer() -> None:
     ],
 )
 def test_the_papers_tasks_take_the_papers_recipe(task: str, ess: float, hess_init: float) -> None:
-    found = settings(task=task)
+    found = settings(task=task, recipe="paper")
     assert (found.ess, found.hess_init, found.ivon_lr) == (ess, hess_init, 0.03)
     assert (found.steps, found.batch_size, found.clip_radius, found.beta2) == (10_000, 4, 1e-3, 0.99999)
     parameter = nn.Parameter(torch.zeros(3))
