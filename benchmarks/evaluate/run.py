@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from benchmarks import UserError
 from benchmarks.environment import write_record
 from benchmarks.finetune import data, report
-from benchmarks.finetune.model import LabelScorer, load_model
-from benchmarks.finetune.run import Progress, find_device, last_word, make_folder
+from benchmarks.finetune.model import load_model, scorer_of
+from benchmarks.finetune.run import Progress, find_device, make_folder
 from benchmarks.finetune.settings import Settings
 from benchmarks.finetune.tasks import Task, domains
 from benchmarks.finetune.train import InterruptGuard
@@ -66,8 +66,7 @@ class Evaluation:
         with console.status("Loading the model"):
             self.model, self.tokenizer = load_adapted(folder, settings, self.device, posterior)
         self.posterior = posterior.to(self.device)
-        suffix = last_word(self.examples[task.name][0])
-        self.scorer = LabelScorer(self.model, self.tokenizer, task.label_words, suffix)
+        self.scorer = scorer_of(task, self.model, self.tokenizer, self.examples[task.name][0])
         self.dials: list[Sweep] = []
         self.domains: list[dict[str, Any]] = []
 

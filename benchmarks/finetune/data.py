@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.data import BatchSampler
 
 from benchmarks import UserError
@@ -28,12 +29,24 @@ BATCHES_PER_BUCKET = 8
 class Example:
     """One prompt that ends just before the label word, its class, and where people rated it their votes per class.
 
-    The label of a training example that was rated is the opinion of one rater, drawn at random.
+    The label of a training example that was rated is the opinion of one rater, drawn at random. With `answers` it ends
+    just before the answer, and the classes are these.
     """
 
     prompt: str
     label: int
     votes: tuple[int, ...] | None = None
+    answers: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> int:
+        """Of the prompt and all of the answers."""
+        return len(" ".join((self.prompt, *self.answers)).split())
+
+
+def last_word(example: Example) -> str:
+    """The end of every prompt, after which the label words come."""
+    return example.prompt.split()[-1]
 
 
 class Dataset(NamedTuple):
@@ -59,7 +72,7 @@ def load_dataset(
     label is the most frequent vote, and sentences where two classes tie for it are left out.
     """
     loaded = _load_hub(task, split) if task.hub else _load_bundled(task, split)
-    train, test = ([e for e in part if max_words is None or len(e.prompt.split()) <= max_words] for part in loaded)
+    train, test = ([e for e in part if max_words is None or e.words <= max_words] for part in loaded)
     limit = "" if max_words is None else f" of at most {max_words} words"
     for wanted, have, what in ((train_size or 1, len(train), "training"), (test_size or 1, len(test), split)):
         if wanted > have:
@@ -101,7 +114,8 @@ def _bundled_example(row: dict[str, Any]) -> Example | None:
         votes = tuple(row["votes"])
         return Example(f"{row['text']} Sentiment:", votes.index(max(votes)), votes)
     if "question" in row:
-        return _four_choices(row["question"], row["choices"], row["label"])
+        question, answers = f"Question: {row['question']}\nAnswer:", tuple(row["choices"])
+        return Example(question, row["label"], answers=answers) if len(answers) == len(LETTERS) else None
     return Example(_choice_prompt(row["input"], row["choices"]), row["answer"])
 
 
@@ -140,12 +154,9 @@ def hub_example(task: Task, row: dict[str, Any]) -> Example | None:
         prompt = _choice_prompt(f"What fits in the blank? {row['sentence']}", [row["option1"], row["option2"]])
         return Example(prompt, int(row["answer"]) - 1)
     question, choices = row["question_stem" if task.name == "openbookqa" else "question"], row["choices"]
-    return _four_choices(question, choices["text"], choices["label"].index(row["answerKey"]))
-
-
-def _four_choices(question: str, choices: Sequence[str], label: int) -> Example | None:
-    """None for the few questions of ARC that have three or five."""
-    return Example(_choice_prompt(question, choices), label) if len(choices) == len(LETTERS) else None
+    if len(choices["text"]) != len(LETTERS):
+        return None
+    return Example(_choice_prompt(question, choices["text"]), choices["label"].index(row["answerKey"]))
 
 
 @dataclass(frozen=True)
@@ -153,10 +164,10 @@ class Batch:
     """Right-padded prompts.
 
     No attention mask is needed: attention is causal, and only the hidden state of each prompt's last token is read,
-    which no padding precedes.
+    which no padding precedes. Prompts with answers are packed, as `benchmarks.finetune.answers` reads them.
     """
 
-    input_ids: torch.Tensor  # int64 [batch, longest]
+    input_ids: torch.Tensor  # int64 [batch, longest], with answers [batch, 2, longest]
     last: torch.Tensor  # int64 [batch]: where each prompt's last token is
     labels: torch.Tensor  # int64 [batch]
     index: list[int]  # which examples these are
@@ -169,12 +180,17 @@ class EncodedExamples:
     """
 
     def __init__(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int, device: torch.device) -> None:
-        prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+        prompts = map(torch.tensor, tokenizer([example.prompt for example in examples])["input_ids"])
         self.labels = torch.tensor([example.label for example in examples])
         votes = [example.votes for example in examples if example.votes is not None]
         self.votes = torch.tensor(votes, dtype=torch.float64) if len(votes) == len(examples) else None
-        self._tokens = [torch.tensor(ids[-max_tokens:]) for ids in prompts]
+        self._tokens = [
+            _packed(ids, example.answers, tokenizer, max_tokens) if example.answers else ids[-max_tokens:]
+            for ids, example in zip(prompts, examples, strict=True)
+        ]
         self._padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        if any(example.answers for example in examples):
+            self._padding = -1
         self._device = device
 
     def __len__(self) -> int:
@@ -195,10 +211,20 @@ class EncodedExamples:
         return map(self._batch, self._by_length(range(len(self)), batch_size))
 
     def _by_length(self, index: Iterable[int], batch_size: int) -> Iterable[list[int]]:
-        return BatchSampler(sorted(index, key=lambda i: len(self._tokens[i])), batch_size, drop_last=False)
+        return BatchSampler(sorted(index, key=lambda i: self._tokens[i].shape[-1]), batch_size, drop_last=False)
 
     def _batch(self, index: list[int]) -> Batch:
         tokens = [self._tokens[i] for i in index]
-        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=self._padding)
-        last = torch.tensor([len(t) - 1 for t in tokens])
+        last = torch.tensor([t.shape[-1] - 1 for t in tokens])
+        longest = int(last.max()) + 1
+        padded = torch.stack([nn.functional.pad(t, (0, longest - t.shape[-1]), value=self._padding) for t in tokens])
         return Batch(padded.to(self._device), last.to(self._device), self.labels[index].to(self._device), index)
+
+
+def _packed(question: torch.Tensor, answers: Sequence[str], tokenizer: Any, max_tokens: int) -> torch.Tensor:
+    """The question's tokens and those of its answers, and which of these each belongs to: int64 `[2, tokens]`."""
+    texts = [f" {answer}" for answer in answers]
+    parts = [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    room = max(max_tokens - sum(map(len, parts)), 1)
+    parts.insert(0, question[-room:])
+    return torch.stack([torch.cat(parts), torch.cat([torch.full_like(part, k) for k, part in enumerate(parts)])])

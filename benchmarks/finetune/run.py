@@ -15,6 +15,7 @@ from torch import Tensor
 from benchmarks import UserError
 from benchmarks.environment import write_record
 from benchmarks.finetune import compare, data, model, report, train
+from benchmarks.finetune.data import last_word as last_word
 from benchmarks.finetune.settings import RUN, Settings
 from benchmarks.finetune.tasks import Task
 from benchmarks.tables import show
@@ -53,8 +54,7 @@ class Job:
         with console.status("Loading the model"):
             base, tokenizer = model.load_model(settings.model, device=self.device, in_8bit=settings.load_in_8bit)
         self.model = model.add_lora(base, seed=settings.seed)
-        suffix = last_word(examples.train[0])
-        self.scorer = model.LabelScorer(self.model, tokenizer, task.label_words, suffix)
+        self.scorer = model.scorer_of(task, self.model, tokenizer, examples.train[0])
         self.train_set, self.test_set = (self._encode(tokenizer, part) for part in examples)
         self.validation = self._encode(tokenizer, validation) if validation else None
         self.start = [p.detach().clone() for p in train.trainable(self.model)]
@@ -215,11 +215,6 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"Cannot write to --out {out}: {error.strerror}.") from error
-
-
-def last_word(example: data.Example) -> str:
-    """The end of every prompt, after which the label words come."""
-    return example.prompt.split()[-1]
 
 
 class Progress(bars.Progress):

@@ -38,7 +38,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task whose classes are read off the next-token logits of `label_words`.
+    """A classification task whose classes are the next-token logits of `label_words`, or answers that an example has.
 
     `hub` are the arguments of `datasets.load_dataset`; empty where the data is in `benchmarks/data`: in one file that
     is split by position, or with `published_splits` in a file for training and one for the test.

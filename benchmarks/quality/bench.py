@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.finetune import data
-from benchmarks.finetune.model import LabelScorer
+from benchmarks.finetune.model import scorer_of
 from benchmarks.finetune.report import scores_record
-from benchmarks.finetune.run import last_word
 from benchmarks.finetune.tasks import Task, domains
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.memory import PeakMemory
 from benchmarks.quality.method import Hyper, Job, Method, State
 from benchmarks.quality.settings import SEARCH_SEED, Size, sized
 from ivon_kernels.predict import metrics
+from ivon_kernels.predict.temperature import fit_temperature, scale
 
 Content = dict[str, Any]
 Tensors = dict[str, Tensor]
 _WEIGHTS, _STATE = "weights.", "state."
+VALIDATION = "validation"  # beside the domains, in the tensors of a judged cell
 
 
 class Domain(NamedTuple):
@@ -53,8 +54,7 @@ class Bench:
         self.validation = self._domain(self.task, "validation", amounts.validation_size)
         self.domains = [self._domain(self.task, "test", self.task.recipe.test_size)]
         self.domains += [self._domain(sized(other, amounts), "test", amounts.shift_size) for other in domains(task)[1:]]
-        suffix = last_word(self._load(self.task, "validation", 1, 0).test[0])
-        self.scorer = LabelScorer(model, tokenizer, task.label_words, suffix)
+        self.scorer = scorer_of(task, model, tokenizer, self._load(self.task, "validation", 1, 0).test[0])
 
     def _load(self, task: Task, split: str, size: int | None, seed: int) -> data.Dataset:
         train_size = task.recipe.train_size if split == "validation" else 1
@@ -79,7 +79,7 @@ class Bench:
         begin = time.perf_counter()
         job.restart()
         state = method.train(job, hyper)
-        probabilities = self._predict(method, job, state, {**hyper, **method.dials[0]}, self.validation)
+        probabilities = self._predict(method, job, state, {**hyper, **method.dials[0]}, self.validation).mean(0)
         scores = scores_of(self.validation, probabilities)
         return {"hyper": dict(hyper), "scores": scores, "seconds": time.perf_counter() - begin}, {}
 
@@ -94,7 +94,11 @@ class Bench:
         return {"hyper": dict(hyper), "cost": cost}, tensors
 
     def judge(self, method: Method, hyper: Hyper, seed: int, trained: Tensors) -> tuple[Content, Tensors]:
-        """Predicts every domain with what was trained: the scores with the costs, and the probabilities by domain."""
+        """Predicts every domain with what was trained: the scores with the costs, and the probabilities by domain.
+
+        A size with `passes` keeps what each sample says, also of the validation split, and has a row for every average
+        and for every average with a temperature: neither takes another forward pass.
+        """
         weights, state = (
             {name.removeprefix(kind): value for name, value in trained.items() if name.startswith(kind)}
             for kind in (_WEIGHTS, _STATE)
@@ -114,18 +118,38 @@ class Bench:
         cost["passes"] = job.passes / len(first.examples)
         cost["predict_ms_per_example"] = 1e3 * cost.pop("predict_seconds") / len(first.examples)
         found |= {domain.task: self._predict(method, job, state, setting, domain) for domain in others}
+        if self.amounts.passes:
+            found[VALIDATION] = self._predict(method, job, state, setting, self.validation)
         now = self._weights()
         if now.keys() != weights.keys() or not all(torch.equal(now[name], weights[name]) for name in weights):
             raise RuntimeError(f"{method.name} did not leave the adapter's weights as they were")
-        judged = [self._judged(domain, found[domain.task]) for domain in self.domains]
-        return {"hyper": dict(hyper), "dials": dials, "domains": judged, "cost": cost}, found
+        content = {"hyper": dict(hyper), "dials": dials, "cost": cost}
+        if not self.amounts.passes:
+            averages = {name: each.mean(0) for name, each in found.items()}
+            judged = [self._judged(domain, averages[domain.task]) for domain in self.domains]
+            return {**content, "domains": judged}, averages
+        return {**content, "rows": self._rows(found)}, {name: each.float() for name, each in found.items()}
 
     def _predict(self, method: Method, job: Job, state: State, hyper: Hyper, domain: Domain) -> Tensor:
-        probabilities = method.predict(job, state, hyper, domain.examples).double().cpu()
+        """Class probabilities ``[samples, examples, classes]``; their average alone where the size asks for no more."""
+        each = method.each if self.amounts.passes else method.predict
+        found = each(job, state, hyper, domain.examples).double().cpu()
+        found = found if self.amounts.passes else found[None]
         wanted = (len(domain.examples), len(self.task.label_words))
-        if probabilities.shape != wanted or not bool(probabilities.isfinite().all()):
-            raise ValueError(f"predict() must return finite probabilities {wanted}, got {tuple(probabilities.shape)}")
-        return probabilities
+        if found.shape[1:] != wanted or not bool(found.isfinite().all()):
+            raise ValueError(f"predict() must return finite probabilities {wanted}, got {tuple(found.shape[1:])}")
+        return found
+
+    def _rows(self, found: Tensors) -> list[Content]:
+        """By averages of so many samples, without and with the temperature that the validation split gives these."""
+        samples, rows = len(found[VALIDATION]), []
+        for count in sorted({count for count in self.amounts.passes if count < samples} | {samples}):
+            averages = {name: each[:count].mean(0) for name, each in found.items()}
+            fitted = fit_temperature(averages[VALIDATION].log(), self.validation.examples.labels)
+            for temperature in (None, fitted):
+                judged = [self._judged(domain, _scaled(averages[domain.task], temperature)) for domain in self.domains]
+                rows.append({"samples": count, "temperature": temperature, "domains": judged})
+        return rows
 
     def _judged(self, domain: Domain, probabilities: Tensor) -> Content:
         votes = domain.examples.votes
@@ -149,6 +173,10 @@ class Bench:
 
     def _weights(self) -> Tensors:
         return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def _scaled(probabilities: Tensor, temperature: float | None) -> Tensor:
+    return probabilities if temperature is None else scale(probabilities.log(), temperature)
 
 
 def scores_of(domain: Domain, probabilities: Tensor, votes: Tensor | None = None) -> Content:

@@ -24,8 +24,15 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads; several processe
 def quality(
     quick: Annotated[bool, typer.Option("--quick", help="The smallest size: every method, in minutes.")] = False,
     size: Annotated[str | None, typer.Option(help=f"One of {', '.join(SIZES)}; default laptop.")] = None,
-    tasks: Annotated[str, typer.Option(help=f"Some of {', '.join(TASKS)}, by commas; or all embedded ones.")] = MAIN,
-    methods: Annotated[str, typer.Option(help="Names in benchmarks/quality/methods, by commas; default all.")] = "",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Some of {', '.join(TASKS)}, by commas; or all embedded ones; default {MAIN}, of long four."
+        ),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Names in benchmarks/quality/methods, by commas; default by size, or all.")
+    ] = "",
     seeds: Annotated[int | None, typer.Option(help="How many seeds; default by size.")] = None,
     steps: Steps = None,
     search: Annotated[

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import peft
 import torch
@@ -14,6 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from benchmarks.finetune import train as training
+from benchmarks.finetune.answers import AnswerScorer
 from benchmarks.finetune.data import Batch, EncodedExamples
 from benchmarks.finetune.model import LabelScorer
 
@@ -31,7 +32,7 @@ class Job:
     """A model with one LoRA adapter, a task's examples, and one seed."""
 
     model: peft.PeftModel
-    scorer: LabelScorer  # class logits [batch, classes] of a batch
+    scorer: LabelScorer | AnswerScorer  # class logits [batch, classes] of a batch
     training_set: EncodedExamples
     seed: int  # of the adapter's start, the batches, dropout and noise
     steps: int  # that training may take
@@ -101,14 +102,14 @@ class Job:
         order = torch.tensor([i for index, _ in found for i in index]).argsort()
         return torch.cat([logits for _, logits in found])[order]
 
-    def average(self, examples: EncodedExamples, sampled: Callable[[], AbstractContextManager[Any]]) -> Tensor:
-        """Class probabilities float64 ``[examples, classes]``, the mean over samples that blocks of `sampled` hold."""
-        total = torch.zeros((), dtype=torch.float64)
+    def each(self, examples: EncodedExamples, sampled: Callable[[], AbstractContextManager[Any]]) -> Tensor:
+        """Class probabilities float64 ``[samples, examples, classes]`` under samples that blocks of `sampled` hold."""
+        found = []
         self.model.eval()
         for _ in range(self.samples):
             with sampled():
-                total = total + self.logits(examples, evaluating=False).softmax(1)
-        return total / self.samples
+                found.append(self.logits(examples, evaluating=False).softmax(1))
+        return torch.stack(found)
 
     def weights(self) -> Tensor:
         """A copy of the adapter's weights, float32 ``[weights]``, in the order of `parameters`."""
@@ -168,8 +169,10 @@ class Method:
     title: str  # in tables and plots
     source: str  # where it is described: a paper, equation or section
     base: str | None = None
+    sampling: ClassVar[bool] = False  # whether a prediction averages the job's samples
     ablation: bool = False  # here to take something away from IVON, not as a way that anyone would choose
     candidates: Sequence[Hyper] = ({},)  # for training, the most promising first: one run each on the validation split
+    long_candidates: Sequence[Hyper] = ()  # the same for runs of many epochs, where other settings are promising
     dials: Sequence[Hyper] = ({},)  # need no training; chosen for every trained model on the validation split
 
     def train(self, job: Job, hyper: Hyper) -> State:
@@ -180,12 +183,21 @@ class Method:
         """After training: whatever predictions need from the training examples; returns the state for them."""
         return state
 
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        """Class probabilities of every example, float64 ``[examples, classes]``, with the dials over `hyper`.
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        """Class probabilities, float64 ``[samples, examples, classes]``, with the dials over `hyper`.
 
-        The job's model has the trained weights in place, and has to have them afterwards. Here these predict alone.
+        The first k are what k samples say: their mean is the prediction of k. The job's model has the trained weights
+        in place, and has to have them afterwards. Here these predict alone.
         """
-        return job.logits(examples).softmax(1)
+        return job.logits(examples).softmax(1)[None]
+
+    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        """Class probabilities of every example, float64 ``[examples, classes]``: the mean over all samples."""
+        return self.each(job, state, hyper, examples).mean(0)
+
+    def work(self, samples: int) -> tuple[int, int]:
+        """Trainings that it does itself, and forward passes of a test example; of a job with so many samples."""
+        return int(self.base is None), samples if self.sampling else 1
 
     def tune(self, job: Job, state: State, hyper: Hyper, validation: EncodedExamples) -> Hyper:
         """The dials, and nothing else, of the best likelihood on the validation split; `job` has fewer samples."""

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from rich.console import Console
 
 from benchmarks import UserError
-from benchmarks.quality import report
+from benchmarks.finetune.tasks import domains, find_task
+from benchmarks.quality import passes, passes_report, report
 from benchmarks.quality.bench import Content, Tensors
 from benchmarks.quality.method import Hyper, Method
 from benchmarks.quality.methods import all_methods
-from benchmarks.quality.settings import BUDGET, DIAL_BUDGET, Settings
+from benchmarks.quality.settings import BUDGET, DIAL_BUDGET, Settings, kind_of, sized
 from benchmarks.quality.workshop import Workshop, key_of
 
 RECORD, HYPERPARAMETERS = "quality.json", "hyperparameters.json"
 SEARCH, TRAINED, JUDGED = "search", "trained", "judged"
+# Seconds of one core for a word of an example, of SmolLM2-135M: measured with sentences of up to 12 words.
+TRAIN_SECONDS, PREDICT_SECONDS = 0.11 / 12, 0.042 / 12
+WORDS = 60  # of an example of which nothing is known
 
 
 def run(settings: Settings, console: Console) -> bool:
     """Does what the folder does not have yet, prints the tables and writes everything; False after Ctrl-C."""
-    study = Study(settings, select(settings.methods), console)
+    study = Study(settings, select(settings), console)
+    if settings.amounts.passes:
+        console.print(study.forecast(), soft_wrap=True)
     with study.progress:
         finished = study.do(list(study.parts()))
     record = study.write(RECORD, finished, study.record())
@@ -31,15 +38,18 @@ def run(settings: Settings, console: Console) -> bool:
         for task, found in record["hyperparameters"].items()
     }
     (settings.out / HYPERPARAMETERS).write_text(json.dumps(chosen, indent=1) + "\n", encoding="utf-8")
-    report.print_tables(console, record)
-    report.write_report(record, settings.out)
+    pages = passes_report if settings.amounts.passes else report
+    pages.print_tables(console, record)
+    pages.write_report(record, settings.out)
     console.print(f"Record and report: {settings.out / RECORD}, {settings.out / report.PAGE}", soft_wrap=True)
     return finished
 
 
-def select(names: tuple[str, ...]) -> dict[str, Method]:
-    """The methods of these names with their bases; all for none."""
-    found = all_methods()
+def select(settings: Settings) -> dict[str, Method]:
+    """The methods that are asked for with their bases, all for none; with the candidates for runs of this length."""
+    found, names = all_methods(), settings.methods
+    if settings.amounts.passes:
+        found = {n: replace(m, candidates=m.long_candidates or m.candidates) for n, m in found.items()}
     if unknown := [name for name in names if name not in found]:
         raise UserError(f"Unknown method '{unknown[0]}'; choose from {', '.join(found)}.")
     wanted = {base for name in names for base in (name, found[name].base)} if names else set(found)
@@ -63,12 +73,16 @@ class Study(Workshop):
         for task in self.settings.tasks:
             for method in self._trainers:
                 for hyper in self._searched(method):
-                    yield partial(self._search, task, method, hyper)
+                    yield partial(self._search, self._chosen_on(task), method, hyper)
             for seed in self.settings.seeds:
                 for method in self._trainers:
                     yield partial(self._train, task, method, seed)
                 for method in self.methods.values():
                     yield partial(self._judge, task, method, seed)
+
+    def _chosen_on(self, task: str) -> str:
+        """The task on whose validation split the hyperparameters are chosen."""
+        return kind_of(task) if self.settings.amounts.shares else task
 
     def _searched(self, method: Method) -> tuple[Hyper, ...]:
         """The candidates that have to be tried before a method is trained."""
@@ -80,7 +94,7 @@ class Study(Workshop):
 
     def _train(self, task: str, method: Method, seed: int) -> Content:
         for hyper in self._searched(method):
-            self._search(task, method, hyper)
+            self._search(self._chosen_on(task), method, hyper)
         hyper = self.chosen(task, method)
         names, title = self._names(TRAINED, task, method, seed), f"{task}, seed {seed}: training {method.title}"
         return self.cell(names, title, lambda: self.bench(task).train(method, hyper, seed))
@@ -108,7 +122,8 @@ class Study(Workshop):
 
     def tried(self, task: str, method: Method) -> list[Content]:
         """The candidates that were tried so far, with their scores on the validation split."""
-        cells = [(hyper, self.cells.read(SEARCH, task, method.name, key_of(hyper))) for hyper in method.candidates]
+        where = SEARCH, self._chosen_on(task), method.name
+        cells = [(hyper, self.cells.read(*where, key_of(hyper))) for hyper in method.candidates]
         return [{"hyper": dict(h), "scores": c.get("scores"), "error": c["error"]} for h, c in cells if c is not None]
 
     def chosen(self, task: str, method: Method) -> Hyper:
@@ -141,8 +156,25 @@ class Study(Workshop):
                         found.pop("traceback", None)
                         empty: Content = {"hyper": {}, "dials": {}, "domains": [], "cost": None}
                         cells.append({"task": task, "method": method.name, "seed": seed, **empty, **found})
-        return {
+        found = {
             "methods": {name: {key: getattr(method, key) for key in about} for name, method in self.methods.items()},
             "hyperparameters": hyperparameters,
             "cells": cells,
         }
+        return passes.compact(found) if self.settings.amounts.passes else found
+
+    def forecast(self) -> str:
+        """How long the whole study takes on one core, by what SmolLM2-135M took on one of a server."""
+        seconds, amounts = 0.0, self.settings.amounts
+        for task in self.settings.tasks:
+            recipe = sized(find_task(task), self.settings.amounts).recipe
+            words = recipe.max_words or WORDS
+            train = TRAIN_SECONDS * words * recipe.steps * recipe.batch_size
+            shifted = (amounts.shift_size or 0) * (len(domains(find_task(task))) - 1)
+            predict = PREDICT_SECONDS * words * ((recipe.test_size or 0) + (amounts.validation_size or 0) + shifted)
+            if task == self._chosen_on(task):
+                seconds += train * sum(len(self._searched(method)) for method in self._trainers)
+            for method in self.methods.values():
+                trainings, samples = method.work(amounts.samples)
+                seconds += len(self.settings.seeds) * (trainings * train + samples * predict)
+        return f"All of it takes about {seconds / 3600:.1f} hours of one core, less what is finished already."

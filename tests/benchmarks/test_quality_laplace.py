@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.finetune import data, model
-from benchmarks.finetune.data import EncodedExamples
-from benchmarks.finetune.run import last_word
+from benchmarks.finetune.data import EncodedExamples, last_word
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.quality.method import Job, Method, State

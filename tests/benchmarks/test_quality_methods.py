@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from benchmarks.finetune import data, model
-from benchmarks.finetune.run import last_word
+from benchmarks.finetune.data import last_word
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.quality.method import TRAINING, Hyper, Job, State, nll

@@ -37,8 +37,8 @@ class TemperatureScaling(Method):
     def tune(self, job: Job, state: State, hyper: Hyper, validation: EncodedExamples) -> Hyper:
         return {"temperature": fit_temperature(self.logs(job, state, hyper, validation), validation.labels)}
 
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        return scale(self.logs(job, state, hyper, examples), hyper["temperature"])
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        return scale(self.logs(job, state, hyper, examples), hyper["temperature"])[None]
 
     def logs(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         """What the temperature divides: logits, or the logs of probabilities."""
@@ -48,10 +48,12 @@ class TemperatureScaling(Method):
 class MCDropout(Method):
     """AdamW trains with a dropout of 0.1 on the adapter's inputs; a prediction averages over the masks of any rate."""
 
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+    sampling = True
+
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
             torch.manual_seed(job.seed)
-            return job.average(examples, lambda: job.dropping_out(hyper["dropout"]))
+            return job.each(examples, lambda: job.dropping_out(hyper["dropout"]))
 
 
 class Ensemble(Method):
@@ -67,23 +69,29 @@ class Ensemble(Method):
         job.write(first)
         return {"members": torch.stack(others)} if others else {}
 
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         found = [job.logits(examples).softmax(1)]
         for member in state.get("members", ()):
             with job.holding(member.to(job.device)):
                 found.append(job.logits(examples).softmax(1))
-        return torch.stack(found).mean(0)
+        return torch.stack(found)
+
+    def work(self, samples: int) -> tuple[int, int]:
+        members = min(samples, MEMBERS)
+        return members - 1, members
 
 
 class FixedNoise(Method):
     """Gradients at noisy weights, steps from the mean, as IVON does it; but one variance for all, never learned."""
 
+    sampling = True
+
     def train(self, job: Job, hyper: Hyper) -> State:
         job.finetune(optimizer(job, hyper), around=noisy(job, hyper["sigma"], TRAINING))
         return {}
 
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        return job.average(examples, noisy(job, hyper["sigma"], PREDICTION))
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        return job.each(examples, noisy(job, hyper["sigma"], PREDICTION))
 
 
 def noisy(job: Job, sigma: float, stream: int) -> Callable[[], AbstractContextManager[None]]:
@@ -103,6 +111,7 @@ METHODS = (
         "AdamW",
         "Loshchilov and Hutter, ICLR 2019",
         candidates=tuple({"lr": lr} for lr in (4e-3, 2e-3, 8e-3, 1e-3)),
+        long_candidates=tuple({"lr": lr} for lr in (1e-3, 5e-4, 2e-3, 2.5e-4)),
     ),
     TemperatureScaling("temperature", "AdamW, temperature scaling", TEMPERATURE, base="adamw"),
     MCDropout(

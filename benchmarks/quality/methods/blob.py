@@ -27,6 +27,8 @@ class Blob(Method):
     `lr` 1e-4, `kl_lr` 0.01 and `spread` 0.05 for 5000 steps of batch 4 on Llama-2-7B, without dropout.
     """
 
+    sampling = True
+
     def train(self, job: Job, hyper: Hyper) -> State:
         noise, spread = job.generator(TRAINING), hyper["spread"]
         roots = {  # uniform at the start, as in the paper
@@ -46,9 +48,9 @@ class Blob(Method):
             job.finetune(adamw, after_step=after_step)
         return {name: root.detach().clone() for name, root in roots.items()}
 
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         noise = job.generator(PREDICTION)
-        return job.average(examples, lambda: sampled(job, state, noise))
+        return job.each(examples, lambda: sampled(job, state, noise))
 
 
 def layers(job: Job) -> dict[str, nn.Linear]:
@@ -137,6 +139,10 @@ METHODS = (
         candidates=tuple(
             {"lr": lr, "kl_lr": kl_lr, "spread": 0.05}
             for lr, kl_lr in ((4e-3, 0.003), (4e-3, 0.01), (8e-3, 0.003), (2e-3, 0.003))
+        ),
+        long_candidates=tuple(
+            {"lr": lr, "kl_lr": kl_lr, "spread": 0.05}
+            for lr, kl_lr in ((1e-3, 0.003), (1e-3, 0.01), (2e-3, 0.003), (5e-4, 0.003))
         ),
     ),
 )

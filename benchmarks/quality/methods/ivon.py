@@ -17,6 +17,7 @@ from ivon_kernels.gaussians.names import weight_names
 from ivon_kernels.posterior import Posterior
 
 STACKED_BATCH = 12  # examples of a forward pass that several samples share
+ESS = "ess"  # in the state, where the optimizer worked it out; no weight has this name
 FROZEN = 1 - 2**-40  # beta2: what a step adds to the Hessian is below its rounding error
 
 
@@ -35,9 +36,11 @@ def posterior_of(job: Job, state: State, hyper: Hyper) -> Posterior:
     """The posterior around the weights that the model holds."""
     known, order = weight_names(job.model), {param: index for index, param in enumerate(job.parameters)}
     gaussians, decay = {}, hyper.get("weight_decay", 0.0)
+    ess = state[ESS].item() if ESS in state else hyper["ess"]
     for name, hess in state.items():
-        mean = known[name].detach().float().clone()
-        gaussians[name] = Gaussian(mean, hess.to(mean.device), order[known[name]], hyper["ess"], decay)
+        if name != ESS:
+            mean = known[name].detach().float().clone()
+            gaussians[name] = Gaussian(mean, hess.to(mean.device), order[known[name]], ess, decay)
     return Posterior(gaussians, job.seed)
 
 
@@ -73,9 +76,21 @@ class Ivon(Method):
 class Samples(Ivon):
     """Averaged over the job's samples of the posterior, several in a pass, at the dial's temperature if it has one."""
 
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+    sampling = True
+
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         posterior = posterior_of(job, state, hyper).tempered(hyper.get("temperature", 1.0))
-        return predict_each(job, posterior, examples, job.samples).mean(0)
+        return predict_each(job, posterior, examples, job.samples)
+
+
+class ForLora(Samples):
+    """Trained with what :meth:`IVON.for_lora` makes of the model, the number of examples, the steps, and `hyper`."""
+
+    def train(self, job: Job, hyper: Hyper) -> State:
+        wanted: dict[str, Any] = dict(hyper)
+        found = IVON.for_lora(job.model, len(job.training_set), steps=job.steps, seed=job.seed, **wanted)
+        job.finetune(found)
+        return {**state_of(found.posterior(job.model)), ESS: torch.tensor([found.param_groups[0]["ess"]])}
 
 
 class Frozen(Samples):
@@ -88,6 +103,8 @@ class Frozen(Samples):
 class ScaledSamples(TemperatureScaling):
     """Samples are averaged first, and then one number divides the logs of the average."""
 
+    sampling = True
+
     def logs(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         return predict_each(job, posterior_of(job, state, hyper), examples, job.samples).mean(0).log()
 
@@ -95,8 +112,8 @@ class ScaledSamples(TemperatureScaling):
 class Pruned(Method):
     """At a mean in which the given fraction of the weights, those with the smallest ``|mean| / sigma``, is 0."""
 
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        return predict_each(job, posterior_of(job, state, hyper).pruned(hyper["pruned"]), examples, 0).mean(0)
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        return predict_each(job, posterior_of(job, state, hyper).pruned(hyper["pruned"]), examples, 0)
 
 
 # The clip binds, so that a step is at most lr times its radius of 1e-3; the rest is as published.
@@ -109,11 +126,19 @@ _WARM = {"lr": 1.5, "ess": 3.2e5, "hess_init": 0.04, "beta2": 0.999}
 # From eight runs of 240 steps on the same split, in which AdamW becomes overconfident: noise as large as what the
 # weights move by (sigma 0.06), so that the mean has to lie in a wide valley. Too much noise for 60 steps.
 _LONG = {"lr": 1.0, "ess": 6.9e3, "hess_init": 0.04, "beta2": 0.999}
+# Around the rule of `for_lora`, which is the first: less and more noise for its step, and larger and smaller steps.
+_RULED = (
+    {"learning_rate": 1e-3},
+    {"learning_rate": 1e-3, "sigma": 0.03},
+    {"learning_rate": 2e-3, "sigma": 0.05},
+    {"learning_rate": 5e-4, "sigma": 0.03},
+)
 _TEMPERATURES = tuple({"temperature": value} for value in (1.0, 0.3, 0.1, 3.0))
 _SHARES = tuple({"pruned": share} for share in (0.1, 0.3, 0.5, 0.7))
 _PAPER = "Cong et al. 2024, arXiv 2411.04421"
 _TEMPERED = "ivon_kernels.posterior.Posterior.tempered"
 _SCALED = "Rahaman and Thiery, NeurIPS 2021, arXiv 2007.08792 (pool, then calibrate)"
+_FOR_LORA, _TUNED = "docs/recipe.md: nothing is chosen", "docs/recipe.md: learning rate and sigma chosen of four"
 _RECIPE, _EPOCHS = "benchmarks/results/recipe", "benchmarks/quality/README.md"
 
 METHODS = (
@@ -136,5 +161,9 @@ METHODS = (
     Samples(
         "ivon_long_tempered", "IVON, many epochs: tempered samples", _TEMPERED, base="ivon_long", dials=_TEMPERATURES
     ),
+    ForLora("ivon_for_lora", "IVON for_lora, samples", _FOR_LORA),
+    Ivon("ivon_for_lora_mean", "IVON for_lora, mean", _FOR_LORA, base="ivon_for_lora"),
+    ForLora("ivon_tuned", "IVON tuned, samples", _TUNED, candidates=_RULED),
+    Ivon("ivon_tuned_mean", "IVON tuned, mean", _TUNED, base="ivon_tuned"),
     TemperatureScaling("ivon_long_scaled", "IVON, many epochs: scaled mean", TEMPERATURE, base="ivon_long"),
 )

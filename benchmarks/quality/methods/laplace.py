@@ -19,6 +19,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from benchmarks.finetune.answers import AnswerScorer
 from benchmarks.finetune.data import Batch, EncodedExamples
 from benchmarks.finetune.model import LabelScorer
 from benchmarks.quality.method import Hyper, Job, Method, State, nll
@@ -47,9 +48,9 @@ class Laplace(Method):
     def fit(self, job: Job, state: State, hyper: Hyper) -> State:
         return fit(job, lora_layers(job.model, self.last_only))
 
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         mean, covariance = self._moments(job, state, [hyper["prior_scale"]], examples)
-        return probabilities(mean, covariance[0], job.seed)
+        return probabilities(mean, covariance[0], job.seed)[None]
 
     def tune(self, job: Job, state: State, hyper: Hyper, validation: EncodedExamples) -> Hyper:
         # As the harness does, but with one run of the model for all the dials.
@@ -135,13 +136,13 @@ def _eigenvalues(state: State, name: str) -> Tensor:
 class _Classifier(nn.Module):
     """Class logits of prompts of one length. Its parameters are those that get a posterior."""
 
-    def __init__(self, scorer: LabelScorer, layers: Layers) -> None:
+    def __init__(self, scorer: LabelScorer | AnswerScorer, layers: Layers) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers.values())
         self._logits = scorer.logits
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        rows, tokens = input_ids.shape
+        rows, tokens = len(input_ids), input_ids.shape[-1]
         return self._logits(input_ids, torch.full((rows,), tokens - 1, device=input_ids.device))
 
 
@@ -153,7 +154,7 @@ class _EqualLengths:
         self._guard = job.guard
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _, group in groupby(self.dataset.in_length_order(1), key=lambda batch: batch.input_ids.shape[1]):
+        for _, group in groupby(self.dataset.in_length_order(1), key=lambda batch: batch.input_ids.shape[-1]):
             rows = list(group)
             for start in range(0, len(rows), BATCH):
                 self._guard.check()

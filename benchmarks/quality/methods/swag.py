@@ -21,6 +21,8 @@ class Swag(Method):
     adapter holds the mean of the collected iterates afterwards.
     """
 
+    sampling = True
+
     def train(self, job: Job, hyper: Hyper) -> State:
         start = min(int(hyper["start"] * job.steps), job.steps - 1)
         low = hyper["swa_lr"] / hyper["lr"]
@@ -37,10 +39,10 @@ class Swag(Method):
         job.write(moments.mean)
         return moments.state()
 
-    def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         mean, noise = job.weights(), job.generator(PREDICTION)
         state = {name: value.to(job.device) for name, value in state.items()}
-        return job.average(examples, lambda: job.holding(mean + deviation(state, noise)))
+        return job.each(examples, lambda: job.holding(mean + deviation(state, noise)))
 
 
 class Moments:
@@ -83,6 +85,10 @@ METHODS = (
         candidates=tuple(
             {"lr": lr, "swa_lr": swa_lr, "start": start}
             for lr, swa_lr, start in ((4e-3, 1e-3, 0.5), (4e-3, 2e-3, 0.75), (8e-3, 1e-3, 0.75), (2e-3, 1e-3, 0.5))
+        ),
+        long_candidates=tuple(
+            {"lr": lr, "swa_lr": swa_lr, "start": start}
+            for lr, swa_lr, start in ((1e-3, 5e-4, 0.5), (2e-3, 1e-3, 0.75), (1e-3, 1e-3, 0.5), (5e-4, 2.5e-4, 0.5))
         ),
     ),
 )

@@ -1,0 +1,242 @@
+"""The report of a study that reports several numbers of passes: ``report.md``, from its record alone.
+
+What the page says is in ``passes.md.jinja``; here are its tables.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markdown import Markdown
+
+from benchmarks.quality import pictures
+from benchmarks.quality.passes import Row, expand, rows_of
+from benchmarks.quality.report import PAGE, render, table
+from benchmarks.quality.settings import kind_of
+from benchmarks.quality.summary import (
+    COST,
+    GROUPS,
+    IN,
+    METRICS,
+    SHIFT,
+    Estimate,
+    Summary,
+    bold,
+    mark,
+    number,
+)
+from benchmarks.tables import NOTHING
+
+TEMPLATE = "passes.md"
+DECIDED_BY = ("accuracy", "nll", "ece", "brier")  # what wins are counted in
+PICTURE = "passes.png"
+
+
+def print_tables(console: Console, record: dict[str, Any]) -> None:
+    """The wins and the scores for a terminal."""
+    ways = Ways(record)
+    console.print(Markdown(render(TEMPLATE, record, summary=ways.summary, ways=ways, page=False)))
+
+
+def write_report(record: dict[str, Any], folder: Path) -> None:
+    """Writes ``report.md`` and its picture, from a record that may be unfinished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ways = Ways(record)
+    draw(ways).savefig(folder / PICTURE, dpi=pictures.DPI)
+    text = render(TEMPLATE, record, summary=ways.summary, ways=ways, page=True, picture=PICTURE)
+    (folder / PAGE).write_text(text + "\n", encoding="utf-8")
+
+
+class Ways:
+    """A record of passes, summarised: `methods` by name in the order of tables, and the rows of each.
+
+    `ours` are IVON's and `rivals` the others.
+    """
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.record, self.summary = record, Summary(expand(record))
+        self.rows = sorted({row for cell in record["cells"] for row, _ in rows_of(cell)})
+        self._sampling = {row.method for row in self.rows if row.samples > 1}
+        with_rows = {row.method for row in self.rows}
+        order = sorted(record["methods"], key=lambda name: (name.startswith("ivon"), name != "adamw", name))
+        self.methods = [name for name in order if name in with_rows]
+        self.ours = [name for name in self.methods if name.startswith("ivon")]
+        self.rivals = [name for name in self.methods if name not in self.ours]
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """All the numbers of passes that some method was judged with."""
+        return sorted({row.samples for row in self.rows})
+
+    def at(self, method: str, passes: int, scaled: bool) -> Row:
+        """The method with so many passes, or the most that it has below that."""
+        have = [row.samples for row in self.rows if row.method == method and row.samples <= passes]
+        return Row(method, max(have), scaled)
+
+    def has(self, row: Row) -> bool:
+        return row in set(self.rows)
+
+    def name(self, row: Row) -> str:
+        """What the summary calls it."""
+        return row.name(row.method in self._sampling)
+
+    def called(self, row: Row) -> str:
+        """What tables call it."""
+        return self.summary.title(self.name(row))
+
+    def title(self, method: str) -> str:
+        return str(self.record["methods"][method]["title"])
+
+    def score(self, view: str, group: str, row: Row, key: str) -> Estimate:
+        return self.summary.score(view, group, self.name(row), key)
+
+    @property
+    def chosen_on(self) -> list[str]:
+        """The tasks on whose validation splits hyperparameters were chosen."""
+        tasks = self.summary.tasks
+        if not self.record["settings"]["amounts"].get("shares"):
+            return tasks
+        return [task for task in tasks if task == kind_of(task)] or tasks
+
+    # ---- tables ------------------------------------------------------------------------------------------------------
+
+    def scores(self, view: str) -> str:
+        """Every method at its most passes, without and with a temperature; the best of each column is bold."""
+        columns = [(group, key) for group in GROUPS for key in DECIDED_BY if key in self.summary.metrics(view, group)]
+        rows = [self.at(method, max(self.counts), scaled) for method in self.methods for scaled in (False, True)]
+        leaders = {}
+        for group, key in columns:
+            ranks = self.summary.ranking(view, group, key)
+            leaders[group, key] = next((name for name in ranks if name in map(self.name, rows)), None)
+        lines = []
+        for row in rows:
+            found = {column: self.score(view, column[0], row, column[1]) for column in columns}
+            cells = [bold(number(value), self.name(row) == leaders[column]) for column, value in found.items()]
+            passes = self.score(view, COST, row, "passes")
+            lines.append([self.called(row), *cells, f"{passes.mean:.0f}" if passes.seeds else NOTHING])
+        heads = [METRICS[key] + (", shift" if group == SHIFT else "") for group, key in columns]
+        return table(["", *heads, "passes"], lines)
+
+    def by_passes(self, view: str, group: str, key: str) -> str:
+        """A metric of what samples, by the number of passes."""
+        lines = []
+        for method in (name for name in self.methods if name in self._sampling):
+            for scaled in (False, True):
+                found = [Row(method, count, scaled) for count in self.counts]
+                cells = [number(self.score(view, group, row, key)) if self.has(row) else NOTHING for row in found]
+                lines.append([f"{self.title(method)}{', scaled' if scaled else ''}", *cells])
+        return table([METRICS[key], *map(str, self.counts)], lines)
+
+    def differences(self, view: str, method: str) -> str:
+        """One of IVON's methods, at its most passes, less every rival with as many and the same scaling, by seed."""
+        columns = [(group, key) for group in GROUPS for key in DECIDED_BY if key in self.summary.metrics(view, group)]
+        lines = []
+        for scaled in (False, True):
+            ours = self.at(method, max(self.counts), scaled)
+            for rival in self.rivals:
+                other = self.at(rival, max(self.counts), scaled)
+                found = [(self._less(view, group, ours, other, key), key) for group, key in columns]
+                lines.append(
+                    [f"{self.called(ours)} less {self.called(other)}", *(mark(gap, key) for gap, key in found)]
+                )
+        heads = [METRICS[key] + (", shift" if group == SHIFT else "") for group, key in columns]
+        return table(["", *heads], lines)
+
+    def wins(self) -> str:
+        """Every row of IVON's against every rival with as many passes and the same scaling: won, lost and open."""
+        lines = []
+        for method in self.ours:
+            for row in (row for row in self.rows if row.method == method):
+                found = [self.tally(row, self.at(rival, row.samples, row.scaled)) for rival in self.rivals]
+                total = [sum(each) for each in zip(*found, strict=True)]
+                lines.append([self.called(row), *(" / ".join(map(str, each)) for each in (*found, total))])
+        return table(["", *map(self.title, self.rivals), "all"], lines)
+
+    def tally(self, ours: Row, other: Row) -> tuple[int, int, int]:
+        """Over all tasks, groups of domains and metrics of `DECIDED_BY`: decidedly better, decidedly worse, open."""
+        verdicts = [
+            gap.verdict(key)
+            for task, group, key in self.summary.comparisons()
+            if key in DECIDED_BY and (gap := self._less(task, group, ours, other, key)).seeds
+        ]
+        return verdicts.count(1), verdicts.count(-1), verdicts.count(0)
+
+    def pooled(self, group: str) -> str:
+        """As `differences` over the tasks together, with errors that are pooled: of every task from its own seeds."""
+        keys = [
+            key for key in DECIDED_BY if any(key in self.summary.metrics(task, group) for task in self.summary.tasks)
+        ]
+        lines = []
+        for method in self.ours:
+            for scaled in (False, True):
+                ours = self.at(method, max(self.counts), scaled)
+                for rival in self.rivals:
+                    other = self.at(rival, max(self.counts), scaled)
+                    found = [(self._pool(group, ours, other, key), key) for key in keys]
+                    text = [mark(gap, key) for gap, key in found]
+                    lines.append([f"{self.called(ours)} less {self.called(other)}", *text])
+        return table(["", *(METRICS[key] for key in keys)], lines)
+
+    def _less(self, view: str, group: str, ours: Row, other: Row, key: str) -> Estimate:
+        return self.summary.difference(view, group, self.name(ours), key, self.name(other))
+
+    def _pool(self, group: str, ours: Row, other: Row, key: str) -> Estimate:
+        """The mean over the tasks of the differences; its variance is the sum of theirs over the squared number."""
+        found = [self._less(task, group, ours, other, key) for task in self.summary.tasks]
+        gaps = [gap for gap in found if gap.seeds]
+        if not gaps:
+            return Estimate(float("nan"), None, ())
+        errors = [gap.error for gap in gaps if gap.error is not None]
+        error = sum(value**2 for value in errors) ** 0.5 / len(gaps) if len(errors) == len(gaps) else None
+        return Estimate(sum(gap.mean for gap in gaps) / len(gaps), error, gaps[0].seeds)
+
+    def costs(self) -> str:
+        """What every method costs, the mean over tasks and seeds."""
+        lines = []
+        for method in self.methods:
+            row = self.at(method, max(self.counts), False)
+            view = self.summary.views[0]
+            found = [self.score(view, COST, row, key).mean for key in ("train_seconds", "fit_seconds", "tune_seconds")]
+            speed = self.score(view, COST, row, "predict_ms_per_example").mean
+            lines.append([self.called(row), *(f"{value:.0f}" for value in found), f"{speed:.0f}"])
+        return table(["", "training, s", "fit after it, s", "choosing dials, s", "prediction, ms per example"], lines)
+
+    def unfinished(self) -> list[str]:
+        """Tasks, methods and seeds that have no scores, in words."""
+        known = {(cell["task"], cell["method"], cell["seed"]): cell["error"] for cell in self.record["cells"]}
+        found = []
+        for task in self.summary.tasks:
+            for seed in self.summary.seeds:
+                names = [name for name in self.record["methods"] if (task, name, seed) not in known]
+                if names:
+                    whole = len(names) == len(self.record["methods"])
+                    found.append(f"{task}, seed {seed}: {'all methods' if whole else ', '.join(names)} have not run")
+        failed = ((key, error) for key, error in known.items() if error is not None)
+        return found + [f"{task}, seed {seed}: {name} failed: {error}" for (task, name, seed), error in failed]
+
+
+def draw(ways: Ways) -> Figure:
+    """NLL and ECE against the number of passes, without a temperature and with one; IVON's lines are thick."""
+    view, figure = ways.summary.views[0], Figure(figsize=(11, 7), layout="constrained")
+    for row, scaled in zip(figure.subplots(2, 2, sharex=True), (False, True), strict=True):
+        for ax, key in zip(row, ("nll", "ece"), strict=True):
+            for place, method in enumerate(ways.methods):
+                rows = [row for row in ways.rows if row.method == method and row.scaled == scaled]
+                values = [ways.score(view, IN, row, key).mean for row in rows]
+                ours = method in ways.ours
+                style: dict[str, Any] = {"color": colormaps["tab20"](place % 20), "label": ways.title(method)}
+                style |= {"marker": "o" if ours else "s", "markersize": 4, "linewidth": 2.2 if ours else 1}
+                ax.plot([row.samples for row in rows], values, **style)
+            ax.set(xscale="log", ylabel=f"{METRICS[key]}{', scaled' if scaled else ''}", xlabel="passes")
+            ax.set_xticks(ways.counts, list(map(str, ways.counts)))
+            ax.minorticks_off()
+            ax.grid(alpha=0.2)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle(f"{view}, in distribution", fontsize=10)
+    return figure
