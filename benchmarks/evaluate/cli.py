@@ -79,7 +79,9 @@ def resolve(*, folder: Path, task: str | None, quick: bool, **options: Any) -> t
         raise UserError(f"{folder} does not say what it was trained on: give --task.")
     if task not in (None, trained_on):
         raise UserError(f"{folder} was trained on {trained_on}, not on {task}.")
-    found, chosen = settings.resolve(task=trained_on, optimizer="ivon", **given)
+    recipe = trained.get("recipe")
+    prompts = trained.get("prompts") if recipe else None
+    found, chosen = settings.resolve(task=trained_on, optimizer="ivon", recipe=recipe, prompts=prompts, **given)
     names = {field.name for field in fields(Settings)}.difference(OWN, given)
     return found, replace(chosen, **{name: value for name, value in trained.items() if name in names})
 

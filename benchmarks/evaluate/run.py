@@ -19,7 +19,7 @@ from benchmarks.finetune import data, report
 from benchmarks.finetune.model import load_model, scorer_of
 from benchmarks.finetune.run import Progress, find_device, make_folder
 from benchmarks.finetune.settings import Settings
-from benchmarks.finetune.tasks import Task, domains
+from benchmarks.finetune.tasks import PUBLISHED, Task, domains
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.tables import show
 from ivon_kernels.posterior import Posterior, PosteriorFileError, Sweep, predict, sweep_pruning, sweep_temperature
@@ -92,7 +92,8 @@ class Evaluation:
             self.guard.check()
             self.progress.advance(bar)
 
-        encoded = data.EncodedExamples(examples, self.tokenizer, self.settings.max_tokens, self.device)
+        keep = self.settings.prompts == PUBLISHED
+        encoded = data.EncodedExamples(examples, self.tokenizer, self.settings.max_tokens, self.device, keep_start=keep)
         return Examples(encoded, on_batch)
 
     def _score(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -20,7 +20,11 @@ INTERRUPTED = 130
 def finetune(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "vader_nyt",
     recipe: Annotated[
-        str | None, typer.Option(help="paper: the published settings and splits, for the paper's six tasks.")
+        str | None,
+        typer.Option(help="paper: as published: settings, splits, prompts, seed 21, Llama-2-7B in 8 bit."),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="ours or published, of the paper's tasks; default with --recipe paper published.")
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, ivon, or both, one after the other.")] = "both",
     steps: Annotated[int | None, typer.Option(help="Training steps per optimizer.")] = None,
@@ -38,7 +42,9 @@ def finetune(
     clip_radius: Annotated[float | None, typer.Option(help="IVON's bound on one step.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay, of both optimizers.")] = None,
     samples: Annotated[int | None, typer.Option(help="Posterior samples that IVON's predictions average.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides training examples, start, batches, dropout and noise.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Decides training examples, start, batches, dropout and noise; default 0.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Judge on test, or on validation to choose hyperparameters.")] = "test",
     model: Annotated[
         str | None,

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import BatchSampler
 
 from benchmarks import UserError
-from benchmarks.finetune.tasks import LETTERS, Task
+from benchmarks.finetune import published
+from benchmarks.finetune.tasks import LETTERS, PUBLISHED, Task
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 # Shares of a bundled file, by position: the rows were shuffled once.
@@ -148,6 +149,11 @@ def _load_hub(task: Task, split: str) -> Dataset:
 
 def hub_example(task: Task, row: dict[str, Any]) -> Example | None:
     """One row of a hub task as an example; None for the few ARC questions that do not have four choices."""
+    found = _own_prompt(task, row)
+    return replace(found, prompt=published.prompt(task.name, row)) if found and task.prompts == PUBLISHED else found
+
+
+def _own_prompt(task: Task, row: dict[str, Any]) -> Example | None:
     if task.name == "boolq":
         return Example(f"{row['passage']}\nTrue or false: {row['question']}?\nAnswer:", int(row["answer"]))
     if task.name.startswith("winogrande"):
@@ -179,13 +185,26 @@ class EncodedExamples:
     `labels` are int64 `[examples]`; `votes` float64 `[examples, classes]`, None where people did not rate every one.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer: Any, max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Any,
+        max_tokens: int,
+        device: torch.device,
+        *,
+        keep_start: bool = False,
+    ) -> None:
+        """Prompts of more than `max_tokens` lose their beginning, or to `keep_start` their end."""
         prompts = map(torch.tensor, tokenizer([example.prompt for example in examples])["input_ids"])
         self.labels = torch.tensor([example.label for example in examples])
         votes = [example.votes for example in examples if example.votes is not None]
         self.votes = torch.tensor(votes, dtype=torch.float64) if len(votes) == len(examples) else None
+
+        def kept(ids: torch.Tensor) -> torch.Tensor:
+            return ids[:max_tokens] if keep_start else ids[-max_tokens:]
+
         self._tokens = [
-            _packed(ids, example.answers, tokenizer, max_tokens) if example.answers else ids[-max_tokens:]
+            _packed(ids, example.answers, tokenizer, max_tokens) if example.answers else kept(ids)
             for ids, example in zip(prompts, examples, strict=True)
         ]
         self._padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -17,7 +17,7 @@ from benchmarks.environment import write_record
 from benchmarks.finetune import compare, data, model, report, train
 from benchmarks.finetune.data import last_word as last_word
 from benchmarks.finetune.settings import RUN, Settings
-from benchmarks.finetune.tasks import Task
+from benchmarks.finetune.tasks import PUBLISHED, Task
 from benchmarks.tables import show
 from ivon_kernels import IVON
 from ivon_kernels.predict import metrics
@@ -63,7 +63,8 @@ class Job:
         self.trainings: dict[str, train.Training] = {}
 
     def _encode(self, tokenizer: Any, examples: list[data.Example]) -> data.EncodedExamples:
-        return data.EncodedExamples(examples, tokenizer, self.settings.max_tokens, self.device)
+        keep = self.settings.prompts == PUBLISHED
+        return data.EncodedExamples(examples, tokenizer, self.settings.max_tokens, self.device, keep_start=keep)
 
     def run(self) -> bool:
         """Trains, evaluates and saves, optimizer by optimizer; False when Ctrl-C cut it short.

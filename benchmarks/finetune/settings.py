@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
 
 from benchmarks import UserError
-from benchmarks.finetune.tasks import QUICK, Recipe, Task, find_task
+from benchmarks.finetune.tasks import PAPER_MODEL, PAPER_SEEDS, PUBLISHED, QUICK, Recipe, Task, find_task
 
 OPTIMIZERS = {"both": ("adamw", "ivon"), "adamw": ("adamw",), "ivon": ("ivon",)}
 IVON_ONLY = ("ess", "hess_init", "clip_radius", "samples")
@@ -34,6 +34,7 @@ class Settings(Recipe):
     recipe: str | None = None
     split: str
     optimizers: tuple[str, ...]
+    prompts: str = "ours"
     seed: int = 0
     model: str | None = None
     load_in_8bit: bool = False
@@ -50,17 +51,29 @@ def resolve(
     task: str,
     optimizer: str,
     recipe: str | None = None,
+    prompts: str | None = None,
     lr: float | None = None,
     quick: bool = False,
     **options: Any,
 ) -> tuple[Task, Settings]:
     """Lays the user's options over the task's recipe: None keeps the recipe's value, and `lr` is the optimizer's.
 
-    `recipe` "paper" is the published one, for the paper's tasks. `quick` makes the recipe's own amounts small.
+    `recipe` "paper" is the published one, for the paper's tasks: its prompts, unless others are asked for, the first of
+    its seeds, and where no model is given its model in 8 bit. `quick` makes the recipe's own amounts small.
 
     UserError for an unknown name, a number out of range, and an option that would have no effect.
     """
     found = find_task(task, recipe)
+    if prompts is not None:
+        if prompts not in ("ours", PUBLISHED):
+            raise UserError(f"Unknown prompts '{prompts}'; choose ours or {PUBLISHED}.")
+        if not found.hub:
+            raise UserError("--prompts is for the paper's tasks with --recipe paper.")
+        found = replace(found, prompts=prompts)
+    if recipe is not None:
+        options = {**options, "seed": PAPER_SEEDS[0] if options.get("seed") is None else options["seed"]}
+        if options.get("model") is None:
+            options |= {"model": PAPER_MODEL, "load_in_8bit": True}
     if optimizer not in OPTIMIZERS:
         raise UserError(f"Unknown optimizer '{optimizer}'; choose one of {', '.join(OPTIMIZERS)}.")
     given = {name: value for name, value in {"lr": lr, **options}.items() if value is not None}
@@ -75,6 +88,7 @@ def resolve(
     return found, Settings(
         task=task,
         recipe=recipe,
+        prompts=found.prompts,
         optimizers=OPTIMIZERS[optimizer],
         **{**asdict(found.recipe), **(QUICK if quick else {}), **given},
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks import UserError
 
+PUBLISHED = "published"  # prompts
 LETTERS = (" A", " B", " C", " D")
 
 
@@ -49,6 +50,7 @@ class Task:
     recipe: Recipe
     hub: tuple[str, ...] = ()
     published_splits: bool = False
+    prompts: str = "ours"  # of tasks from the hub; or those of the published scripts
 
 
 # Every example is seen ten times. How the learning rate was found is told in benchmarks/finetune/README.md.
@@ -81,15 +83,17 @@ _FROM_HUB = (
     Task("arc_easy", LETTERS, PAPER, ("allenai/ai2_arc", "ARC-Easy")),
     Task("openbookqa", LETTERS, PAPER, ("allenai/openbookqa", "main")),
 )
-PUBLISHED = {task.name: task for task in (*_TASKS, *_FROM_HUB) if task.hub}
-"""The paper's six tasks, with its recipe and its splits, from the hub."""
+PAPER_TASKS = {task.name: replace(task, prompts=PUBLISHED) for task in (*_TASKS, *_FROM_HUB) if task.hub}
+"""The paper's six tasks, with its recipe, prompts and splits, from the hub."""
+PAPER_MODEL = "meta-llama/Llama-2-7b-hf"  # in 8 bit
+PAPER_SEEDS = (21, 42, 87)
 
 
 def find_task(name: str, recipe: str | None = None) -> Task:
     """The task called `name`, or UserError; with the recipe "paper" as the paper trains and judges it."""
     if recipe not in (None, "paper"):
         raise UserError(f"Unknown recipe '{recipe}'; there is one, paper.")
-    known, kind = (TASKS, "task") if recipe is None else (PUBLISHED, "task of the paper")
+    known, kind = (TASKS, "task") if recipe is None else (PAPER_TASKS, "task of the paper")
     if name not in known:
         raise UserError(f"Unknown {kind} '{name}'; the {kind.replace('task', 'tasks')} are {', '.join(known)}.")
     return known[name]

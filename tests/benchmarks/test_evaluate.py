@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from benchmarks.evaluate import run
+from benchmarks.evaluate.cli import resolve
 from benchmarks.finetune.tasks import TASKS
 from tests.support.commands import ended_well, invoke, refused
 from tests.support.finetune_model import save_tiny_model
@@ -224,3 +225,10 @@ def test_an_interrupt_keeps_what_was_judged(
     assert [domain["task"] for domain in found["domains"]] == ["vader_nyt"]
     assert (tmp_path / "vader_nyt" / "report.md").exists()
     assert signal.getsignal(sent) is handler
+
+
+def test_an_adapter_of_the_papers_recipe_is_judged_by_its_prompts(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps({"task": "arc_easy", "recipe": "paper", "prompts": "published"}))
+    found, chosen = resolve(folder=tmp_path, task=None, quick=False, split="test", device="cpu", out=tmp_path)
+    assert found.hub and (found.prompts, chosen.prompts, chosen.recipe) == ("published", "published", "paper")

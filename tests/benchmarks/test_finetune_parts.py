@@ -14,15 +14,15 @@ from torch import nn
 
 from benchmarks import UserError, tables
 from benchmarks.environment import write_record
-from benchmarks.finetune import data, model, report, train
+from benchmarks.finetune import data, model, published, report, train
 from benchmarks.finetune.data import Example
 from benchmarks.finetune.settings import resolve
-from benchmarks.finetune.tasks import PUBLISHED, TASKS
+from benchmarks.finetune.tasks import PAPER_TASKS, PUBLISHED, TASKS
 from ivon_kernels.predict import metrics
 from tests.support.finetune_model import save_tiny_model
 
 BUNDLED_TASKS = [task for task in TASKS.values() if not task.hub]
-HUB_TASKS = list(PUBLISHED.values())
+HUB_TASKS = list(PAPER_TASKS.values())
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_hub_tasks_become_examples(task: Any, monkeypatch: pytest.MonkeyPatch) -
         return {"train": [row, row], "validation": [row]}
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    loaded = data.load_dataset(task, split="test")
+    loaded = data.load_dataset(replace(task, prompts="ours"), split="test")
     assert asked == [task.hub]
     assert (len(loaded.train), len(loaded.test)) == (2, 1)
     assert loaded.test[0].label == 1
@@ -119,9 +119,25 @@ def test_hub_tasks_become_examples(task: Any, monkeypatch: pytest.MonkeyPatch) -
         assert "\nB. " in loaded.test[0].prompt
 
 
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("boolq", "Answer the question with only True or False: is ice cold Context: Ice is cold."),
+        ("winogrande_s", f"{published._TASK} The _ won. Choices: A. cat. B dog. Answer:"),
+        ("openbookqa", f"{published._TASK} Q? Choices: A. P. B. Q. C. R. D. S. Answer:"),
+        ("arc_easy", f"{published._TASK} Q? Choices: A. P. B. Q. C. R. D. S. Answer:"),
+    ],
+)
+def test_published_prompts(name: str, prompt: str) -> None:
+    row = HUB_ROWS[name.split("_")[0]]
+    ours, theirs = (data.hub_example(replace(PAPER_TASKS[name], prompts=p), row) for p in ("ours", PUBLISHED))
+    assert ours is not None and theirs is not None
+    assert theirs == replace(ours, prompt=prompt) and ours.prompt != prompt
+
+
 def test_arc_questions_without_four_choices_are_left_out() -> None:
     row = {"question": "Q?", "choices": {"text": list("pqr"), "label": list("ABC")}, "answerKey": "B"}
-    assert data.hub_example(PUBLISHED["arc_easy"], row) is None
+    assert data.hub_example(PAPER_TASKS["arc_easy"], row) is None
 
 
 @pytest.mark.parametrize(
@@ -186,6 +202,12 @@ def test_batches_are_padded_on_the_right_and_know_the_last_token() -> None:
 def test_overlong_prompts_lose_their_beginning() -> None:
     examples = of([Example("a bb ccc dddd", 0)], max_tokens=2)
     assert next(examples.in_length_order(1)).input_ids.tolist() == [[3, 4]]
+
+
+def test_published_prompts_lose_their_end() -> None:
+    examples = [Example("a bb ccc dddd", 0)]
+    found = data.EncodedExamples(examples, WordTokenizer(), 2, torch.device("cpu"), keep_start=True)
+    assert next(found.in_length_order(1)).input_ids.tolist() == [[1, 2]]
 
 
 def test_perfect_predictions_score_perfectly() -> None:
@@ -315,6 +337,23 @@ def test_the_papers_tasks_take_the_papers_recipe(task: str, ess: float, hess_ini
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = train.make_optimizer("ivon", [parameter], found, 100)
     assert optimizer.param_groups[0]["rescale_lr"] is False
+
+
+def test_the_papers_recipe_is_one_flag() -> None:
+    found = settings(task="arc_easy", recipe="paper", model=None, load_in_8bit=False)
+    assert (found.model, found.load_in_8bit, found.seed) == ("meta-llama/Llama-2-7b-hf", True, 21)
+    assert (found.prompts, found.recipe, found.adamw_lr, found.weight_decay) == (PUBLISHED, "paper", 5e-5, 0.0)
+    other = settings(task="boolq", recipe="paper", model="mine", load_in_8bit=False, seed=87, prompts="ours")
+    assert (other.model, other.load_in_8bit, other.seed, other.prompts) == ("mine", False, 87, "ours")
+    assert other.record()["prompts"] == "ours"
+    for wrong, message in (
+        ({"recipe": "papers"}, "Unknown recipe 'papers'"),
+        ({"recipe": "paper", "task": "vader_nyt"}, "Unknown task of the paper 'vader_nyt'"),
+        ({"prompts": "published"}, "--prompts is for the paper's tasks"),
+        ({"recipe": "paper", "task": "boolq", "prompts": "mine"}, "Unknown prompts 'mine'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            settings(**wrong)
 
 
 class OneWeight(nn.Module):
