@@ -338,3 +338,14 @@ def test_the_default_model_learns(tmp_path: Path) -> None:
     found = results(tmp_path)
     assert all(0 < loss < 10 for loss in found["training"]["ivon"]["losses"])
     assert json.loads((tmp_path / "ivon" / "adapter_config.json").read_text())["target_modules"] is not None
+
+
+def test_arc_easy_needs_no_network(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its classes are its answers: no word of the tiny model is a letter."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    ended_well(call(tiny_model, tmp_path, task="arc_easy", steps=8, train_size=32, test_size=12))
+    found = results(tmp_path)
+    assert found["settings"]["train_size"] == 32
+    assert len({row["scores"]["nll"] for row in found["rows"]}) == len(found["rows"])
+    for row in found["rows"]:
+        assert sum(row["reliability"]["counts"]) == 12
