@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ivon_kernels import noise
 from ivon_kernels._version import __version__
 from ivon_kernels.backends import available_backends
-from ivon_kernels.extras import needed_for
+from ivon_kernels.extras import HF, needed_for
 from ivon_kernels.optimizer import IVON
 from ivon_kernels.training.checks import NonFiniteGradientError
 
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
 
         return posterior.Posterior
     if name == "use_ivon":
-        with needed_for("use_ivon", "transformers accelerate"):
+        with needed_for("use_ivon", HF):
             from ivon_kernels.integrations import transformers
 
         return transformers.use_ivon

@@ -1,3 +1,10 @@
-"""The version, where every room can read it; ``pyproject.toml`` has it too, and a test compares them."""
+"""The version, where every room can read it: that of the installed package, which ``pyproject.toml`` has."""
 
-__version__ = "0.1.0"
+from importlib.metadata import PackageNotFoundError, version
+
+__all__ = ["__version__"]
+
+try:
+    __version__ = version("ivon-kernels")
+except PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"

@@ -1,4 +1,4 @@
-"""What IVON does for a small network that learns from wrong labels: the demo of ``python -m ivon_kernels demo``.
+"""What IVON does for a small network that learns from wrong labels: the demo of ``ivon-kernels demo``.
 
 scikit-learn's handwritten digits (they come with it), 400 of them to learn from, 15% of these with a wrong label. A
 network of two hidden layers is trained whole, once by AdamW and once by IVON: same start, same batches, same schedule.

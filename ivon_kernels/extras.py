@@ -1,14 +1,18 @@
-"""Packages that only some functions need."""
+"""Packages that only some functions need, and the extras that bring them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["REPORT", "needed_for"]
+__all__ = ["HF", "LIGHTNING", "REPORT", "needed_for"]
 
+HF = "'ivon-kernels[hf]'"
+"""Transformers, PEFT and Accelerate, as pip takes the extra."""
+LIGHTNING = "'ivon-kernels[lightning]'"
+"""Lightning."""
 REPORT = "'ivon-kernels[report]'"
-"""The extra of scores, pictures and reports, as pip takes it."""
+"""Scores, pictures and reports."""
 
 
 @contextmanager
@@ -25,6 +29,9 @@ def needed_for(what: str, install: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "ivon_kernels":  # nothing that pip could bring
+            raise
+        package = error.name.partition(".")[0]
         raise ModuleNotFoundError(
-            f"{what} needs {error.name}, which is not installed: pip install {install}", name=error.name
+            f"{what} needs {package}, which is not installed: pip install {install}", name=error.name
         ) from None

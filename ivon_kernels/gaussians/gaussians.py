@@ -96,12 +96,13 @@ class Gaussians(Mapping[str, Gaussian]):
 
     def __repr__(self) -> str:
         """Adapter, sizes, sigma and settings."""
-        return as_line(type(self).__name__, self._facts())
+        return as_line(type(self).__name__, self.facts())
 
     def _repr_html_(self) -> str:
-        return as_html(type(self).__name__, self._facts())
+        return as_html(type(self).__name__, self.facts())
 
-    def _facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, str]:
+        """What a ``repr`` says, by name: adapter, sizes, sigma, settings."""
         facts = {} if self.origin.adapter is None else {"adapter": self.origin.adapter}
         facts |= {"tensors": str(len(self)), "weights": f"{self.numel:,}"}
         if self.numel:

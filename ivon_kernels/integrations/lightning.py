@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ivon_kernels.extras import LIGHTNING, needed_for
 from ivon_kernels.integrations.hooks import HookHandle
 from ivon_kernels.integrations.state_dict import save_mean
 from ivon_kernels.integrations.unfrozen import sample_unfrozen
@@ -22,8 +23,9 @@ from ivon_kernels.optimizer import IVON
 from ivon_kernels.training.samples import Closure
 
 # Two packages with the same code; a Trainer of either takes a callback of the other.
-if TYPE_CHECKING or find_spec("lightning") is not None:
-    from lightning.pytorch import Callback, LightningModule, Trainer
+if TYPE_CHECKING or find_spec("pytorch_lightning") is None or find_spec("lightning") is not None:
+    with needed_for(__name__, LIGHTNING):
+        from lightning.pytorch import Callback, LightningModule, Trainer
 else:
     from pytorch_lightning import Callback, LightningModule, Trainer
 

@@ -23,16 +23,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ivon_kernels.extras import HF, needed_for
 from ivon_kernels.integrations.hooks import find_ivon
 from ivon_kernels.integrations.saving import copy_posterior, save_posterior, save_with_posterior
 from ivon_kernels.integrations.state_dict import save_mean
 from ivon_kernels.integrations.unfrozen import sample_unfrozen
 from ivon_kernels.integrations.voice import Voice, count_examples
 from ivon_kernels.optimizer import IVON
+
+with needed_for(__name__, HF):
+    from accelerate.optimizer import AcceleratedOptimizer
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 __all__ = ["IVONCallback", "IVONFactory", "ivon_of", "use_ivon"]
 

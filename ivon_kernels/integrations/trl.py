@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-from ivon_kernels.integrations.transformers import ivon_of
+from ivon_kernels.extras import HF, needed_for
 from ivon_kernels.noise import MAX_SAMPLES
 from ivon_kernels.optimizer import IVON
+
+with needed_for(__name__, HF):
+    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+    from ivon_kernels.integrations.transformers import ivon_of
 
 __all__ = ["attach_rollouts"]
 

@@ -38,7 +38,7 @@ from ivon_kernels.gaussians.adapters import Origin
 from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.gaussians import Gaussians
 
-__all__ = ["FILE", "PosteriorFileError", "load", "save", "save_sample"]
+__all__ = ["FILE", "PosteriorFileError", "load", "save", "save_sample", "save_with_mean"]
 
 FILE = "ivon_posterior.safetensors"
 _FORMAT = "ivon_posterior 1"
@@ -129,25 +129,42 @@ def save_sample(posterior: Gaussians, sample: int, source: Path | None, target: 
     folder = source / f"sample_{sample}" if target is None else Path(target)
     if (folder / FILE).exists():
         raise ValueError(f"{folder} holds a posterior and its mean: write the sample into another folder")
+    _write_weights(posterior.draw(sample), posterior.origin, source, folder)
+    return folder
+
+
+def save_with_mean(posterior: Gaussians, source: Path | None, target: Path) -> None:
+    """See :meth:`ivon_kernels.posterior.Posterior.save_with_mean`; `source` is where weights were saved."""
+    if source is None:
+        raise ValueError("this posterior has no folder yet: say whose weights its mean shall replace (source=...)")
+    if (target / FILE).exists():
+        raise ValueError(f"{target} holds a posterior already: write this one into another folder")
+    _write_weights(posterior.mean, posterior.origin, source, target)
+    save(posterior, target)
+
+
+def _write_weights(weights: Mapping[str, Tensor], origin: Origin, source: Path, target: Path) -> None:
+    """Write the saved weights of `source` to `target`, those by these names replaced, in the dtypes that they have."""
     files = weight_files(source)
     if not files:
         raise PosteriorFileError(f"there are no saved weights in {source}: none of {', '.join((*_WEIGHTS, _INDEX))}")
-    weights, aliases = posterior.draw(sample), posterior.origin.aliases
     contents = {path: _tensors(path) for path in files}
-    there = {aliases.get(name, name) for tensors, _ in contents.values() for name in tensors}
+    there = {origin.aliases.get(name, name) for tensors, _ in contents.values() for name in tensors}
     if missing := [name for name in weights if name not in there]:
         raise PosteriorFileError(f"the weights in {source} lack {missing[0]!r}, which this posterior is about")
-    folder.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     for path, (tensors, metadata) in contents.items():
-        sampled = dict(tensors)
+        replaced = dict(tensors)
         for name, old in tensors.items():  # a tied weight has several names, and may be in a file under each
-            if (own := aliases.get(name, name)) in weights:
-                sampled[name] = weights[own].to("cpu", old.dtype, copy=True)
-        write(folder / path.name, sampled, metadata)
+            if (own := origin.aliases.get(name, name)) in weights:
+                if old.shape != weights[own].shape:
+                    shapes = f"{tuple(old.shape)} in {source} and {tuple(weights[own].shape)} in this posterior"
+                    raise PosteriorFileError(f"{name} has the shape {shapes}: they belong to different models")
+                replaced[name] = weights[own].to("cpu", old.dtype, copy=True)
+        write(target / path.name, replaced, metadata)
     for pattern in _COMPANIONS:
         for companion in source.glob(pattern):
-            shutil.copy(companion, folder / companion.name)
-    return folder
+            shutil.copy(companion, target / companion.name)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

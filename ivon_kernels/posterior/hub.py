@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ivon_kernels.extras import needed_for
+from ivon_kernels.extras import HF, needed_for
 from ivon_kernels.posterior.file import FILE
 
 __all__ = ["push", "snapshot"]
@@ -17,7 +17,7 @@ def snapshot(source: str | Path, revision: str | None) -> Path:
     """The folder itself, or the local copy of a repository on the hub: posterior, weights and configuration."""
     if Path(source).is_dir() or not _REPOSITORY.fullmatch(str(source)):
         return Path(source)
-    with needed_for("Posterior.load() of a repository", "huggingface_hub"):
+    with needed_for("Posterior.load() of a repository", HF):
         from huggingface_hub import snapshot_download
 
     # Nothing that could be a pickle: weights, configuration and posterior are safetensors and JSON.
@@ -28,7 +28,7 @@ def push(folder: Path | None, repo_id: str, message: str) -> str:
     """See :meth:`ivon_kernels.posterior.Posterior.push_to_hub`."""
     if folder is None or not (folder / FILE).is_file():
         raise ValueError("this posterior is in no folder yet: save it beside its adapter first, posterior.save(folder)")
-    with needed_for("push_to_hub()", "huggingface_hub"):
+    with needed_for("push_to_hub()", HF):
         from huggingface_hub import HfApi
 
     commit = HfApi().upload_file(

@@ -146,6 +146,21 @@ class Posterior(Gaussians):
         file.save(self, Path(folder))
         self.folder = Path(folder)
 
+    def save_with_mean(self, folder: str | Path, *, source: str | Path | None = None) -> None:
+        """Write this posterior beside weights that are its mean: a merged, pruned or tempered one, without a model.
+
+        Args:
+            folder: Where to write; made if it is not there, and without a posterior so far.
+            source: Whose saved weights, configuration and tokenizer are written with it, the weights of this posterior
+                replaced by its mean. None: its own folder.
+
+        Raises:
+            ValueError: If there is no source, or a posterior in the folder.
+            PosteriorFileError: If the weights in `source` lack one of this posterior's, or it has another shape there.
+        """
+        file.save_with_mean(self, self.folder if source is None else Path(source), Path(folder))
+        self.folder = Path(folder)
+
     @classmethod
     def load(cls, folder: str | Path, *, device: torch.device | str = "cpu", revision: str | None = None) -> Self:
         """Read what :meth:`save` wrote; bit for bit the same means, variances and samples.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ivon_kernels.extras import needed_for
+from ivon_kernels.extras import HF, needed_for
 from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.predict.batches import sample_numbers, to_device
 from ivon_kernels.predict.passes import Sampler, device_of, evaluating
@@ -285,7 +285,7 @@ def _warpers(do_sample: bool, temperature: float, top_k: int | None, top_p: floa
         if temperature != 1.0 or top_k is not None or top_p is not None:
             raise ValueError("temperature, top_k and top_p need do_sample=True")
         return []
-    with needed_for("do_sample=True", "transformers"):
+    with needed_for("do_sample=True", HF):
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     warpers: list[LogitsProcessor] = []

@@ -79,8 +79,9 @@ def test_report_wants_predictions_by_name(tmp_path: Path, given: Any, message: s
 
 HIDDEN = """
 import sys
-for name in ("matplotlib", "sklearn", "torchmetrics", "huggingface_hub"):
+for name in "matplotlib sklearn torchmetrics huggingface_hub accelerate lightning pytorch_lightning".split():
     sys.modules[name] = None
+from importlib import import_module
 import torch
 from ivon_kernels.posterior import Posterior, Prediction, evaluate, report
 from ivon_kernels.predict import metrics
@@ -92,6 +93,9 @@ for call in (
     lambda: plots.reliability_diagram(p, labels),
     lambda: plots.confidence_histogram(p),
     lambda: Posterior.load("somebody/something"),
+    lambda: import_module("ivon_kernels.integrations.transformers"),
+    lambda: import_module("ivon_kernels.integrations.trl"),
+    lambda: import_module("ivon_kernels.integrations.lightning"),
 ):
     try:
         call()
@@ -106,10 +110,12 @@ def test_a_missing_extra_ends_in_one_sentence(tmp_path: Path) -> None:
         [sys.executable, "-c", HIDDEN, str(tmp_path / "page")], capture_output=True, text=True, check=True
     )
     lines = done.stdout.splitlines()
-    assert len(lines) == 5, done.stdout + done.stderr
+    assert len(lines) == 8, done.stdout + done.stderr
     assert all("ivon-kernels[report]" in line and "is not installed: pip install" in line for line in lines[:4])
-    assert (
-        lines[4]
-        == "Posterior.load() of a repository needs huggingface_hub, which is not installed: pip install huggingface_hub"
-    )
+    hub, transformers, trl, lightning = lines[4:]
+    end = "which is not installed: pip install 'ivon-kernels"
+    assert hub == f"Posterior.load() of a repository needs huggingface_hub, {end}[hf]'"
+    assert transformers == f"ivon_kernels.integrations.transformers needs accelerate, {end}[hf]'"
+    assert trl.startswith("ivon_kernels.integrations.trl needs ") and trl.endswith(f"{end}[hf]'")
+    assert lightning == f"ivon_kernels.integrations.lightning needs lightning, {end}[lightning]'"
     assert not (tmp_path / "page").exists()

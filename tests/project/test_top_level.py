@@ -51,4 +51,4 @@ def test_another_name_is_an_attribute_error() -> None:
 def test_nothing_heavy_is_imported_and_a_missing_package_is_one_sentence() -> None:
     done = subprocess.run([sys.executable, "-c", ELSEWHERE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "use_ivon needs accelerate, which is not installed: pip install transformers accelerate\n"
+    assert done.stdout == "use_ivon needs accelerate, which is not installed: pip install 'ivon-kernels[hf]'\n"
