@@ -105,9 +105,11 @@ build() {
     return
   fi
   [[ -z $dry ]] || options+=(--dry-run)
-  limited 100 "$python" -m pip install "${options[@]}" -e . && "$python" -m ivon_kernels && return
+  # AUTO: without nvcc the other backends are checked all the same.
+  IVON_KERNELS_CUDA=AUTO limited 100 "$python" -m pip install "${options[@]}" -e . && "$python" -m ivon_kernels && return
   echo "pip could not install the checkout; building with cmake into ivon_kernels/_native"
-  limited 30 cmake -S . -B "$work/build" -DCMAKE_BUILD_TYPE=Release -DCMAKE_INSTALL_PREFIX="$PWD" || return
+  limited 30 cmake -S . -B "$work/build" -DIVON_KERNELS_CUDA=AUTO -DCMAKE_BUILD_TYPE=Release \
+    -DCMAKE_INSTALL_PREFIX="$PWD" || return
   [[ -z $dry ]] || return 0
   limited 100 cmake --build "$work/build" --parallel && cmake --install "$work/build" && "$python" -m ivon_kernels
 }
