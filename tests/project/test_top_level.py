@@ -14,7 +14,8 @@ from ivon_kernels.posterior import Posterior
 ELSEWHERE = """
 import sys
 import ivon_kernels
-loaded = {"transformers", "accelerate", "peft", "matplotlib", "rich", "typer", "ivon_kernels.posterior"} & set(sys.modules)
+heavy = {"transformers", "accelerate", "peft", "matplotlib", "rich", "typer", "ivon_kernels.posterior"}
+loaded = heavy & set(sys.modules)
 assert not loaded, loaded
 assert {"IVON", "Posterior", "use_ivon"} <= set(dir(ivon_kernels))
 
