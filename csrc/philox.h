@@ -51,8 +51,17 @@ struct NoiseStream {
   RoundKeys seed;
   uint32_t param;  // parameter index, 24 bits
   uint32_t step;
-  uint32_t sample_replica;  // MC sample in the low, replica in the high 16 bits
+  uint64_t sample_replica;  // see noise_of
 };
+
+// The last word of the counters: MC sample in the low, replica in the high 16 bits. Above it what turns the signs of
+// all normals over: those of sample 2^16 + k are minus those of sample k, and the top two bits of an angle's word are
+// signs.
+IVON_FN uint64_t noise_of(int64_t sample, int64_t replica) {
+  const uint64_t signs = (sample >> 16 & 1) != 0 ? 0xC0000000u : 0u;
+  return signs << 32 | static_cast<uint32_t>((sample & 0xffff) | replica << 16);
+}
+IVON_FN uint32_t signs_of(uint64_t sample_replica) { return static_cast<uint32_t>(sample_replica >> 32); }
 
 // Counter word 1 of block `block`: the block's bits 32..39 below the parameter index.
 IVON_FN uint32_t counter_word1(const NoiseStream& s, uint64_t block) {

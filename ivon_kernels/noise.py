@@ -4,13 +4,13 @@ A normal depends on nothing but ``(seed, step, sample, replica, param, element)`
 from one Philox4x32-10 block (Salmon et al., SC 2011) with
 
     key     = (seed mod 2^32, seed div 2^32)
-    counter = (b mod 2^32, (b div 2^32) + 2^8 param, step, sample + 2^16 replica)
+    counter = (b mod 2^32, (b div 2^32) + 2^8 param, step, sample mod 2^16 + 2^16 replica)
 
 whose words ``(w0, w1)`` give elements 0 and 1 and ``(w2, w3)`` elements 2 and 3 by the Box-Muller transform in
-:func:`box_muller`. Only individually rounded IEEE-754 float32 operations are used (no fused multiply-add; square roots
-through float64, because ``torch.sqrt`` is not always correctly rounded in float32), so that this module, the C++ code
-at any SIMD width and the GPU kernels agree bit for bit. ``csrc/philox.h`` and ``csrc/ivon_math.h`` are the compiled
-twin.
+:func:`box_muller`. Sample ``MIRROR + k`` is minus sample k: the signs, which are the top two bits of w1 and w3, are
+turned over. Only individually rounded IEEE-754 float32 operations are used (no fused multiply-add; square roots through
+float64, because ``torch.sqrt`` is not always correctly rounded in float32), so that this module, the C++ code at any
+SIMD width and the GPU kernels agree bit for bit. ``csrc/philox.h`` and ``csrc/ivon_math.h`` are the compiled twin.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from torch import Tensor
 __all__ = [
     "EVAL_STEP",
     "MAX_SAMPLES",
+    "MIRROR",
     "Shard",
+    "antithetic",
     "box_muller",
     "check_sample",
     "normals",
@@ -37,15 +39,19 @@ EVAL_STEP = 2**32 - 1
 """The step reserved for evaluation samples; training steps count from 0 and stay below it."""
 
 MAX_SAMPLES = 2**16
-"""How many samples a step may have, and how many evaluation samples there are."""
+"""How many samples a step may have, and how many evaluation samples there are, each with its mirror image."""
 
-_LIMITS = {"seed": 2**64, "step": 2**32, "sample": MAX_SAMPLES, "replica": 2**16, "param": 2**24}
+MIRROR = MAX_SAMPLES
+"""Sample ``MIRROR + k`` has minus the noise of sample k, for k below `MAX_SAMPLES`."""
+
+_LIMITS = {"seed": 2**64, "step": 2**32, "sample": 2 * MIRROR, "replica": 2**16, "param": 2**24}
 _MAX_ELEMENTS = 2**42
 _CHUNK = 2**20  # elements drawn at a time: bounds the int64 temporaries to some tens of MB
 
 _MASK32 = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_SIGNS = 0xC0000000  # the bits of an angle's word that are the signs of its two normals
 
 # Minimax polynomials, lowest degree first, error below 6e-8: -2 ln(1 + f) / f in f; sin(pi t / 2) / (t sqrt 2) and
 # cos(pi t / 2) / sqrt 2 in t^2.
@@ -73,9 +79,28 @@ def check_sample(sample: SupportsIndex) -> int:
     """The number of a sample.
 
     Raises:
-        ValueError: If it is not a whole number in ``[0, 65536)``.
+        ValueError: If it is not a whole number in ``[0, 65536)``, or such a number plus :data:`MIRROR`.
     """
-    return whole_number(sample, "sample", 0, MAX_SAMPLES)
+    return whole_number(sample, "sample", 0, 2 * MIRROR)
+
+
+def antithetic(count: SupportsIndex) -> list[int]:
+    """Numbers of samples in pairs of opposite noise, for whatever takes `samples`: ``predict(samples=antithetic(4))``.
+
+    What is linear in the noise cancels in the average of such a pair, so that few samples come closer to the average of
+    many (antithetic variates: Hammersley and Morton, 1956).
+
+    Args:
+        count: How many samples, at least 1; the last of an odd number has no partner.
+
+    Returns:
+        ``[0, 1, .., MIRROR, MIRROR + 1, ..]``: sample ``MIRROR + k`` is the partner of sample k.
+
+    Raises:
+        ValueError: If `count` is not a whole number in ``[1, 131072]``.
+    """
+    number = whole_number(count, "count", 1, 2 * MAX_SAMPLES + 1)
+    return [*range((number + 1) // 2), *range(MIRROR, MIRROR + number // 2)]
 
 
 class Shard(NamedTuple):
@@ -186,12 +211,13 @@ def _draw(block: Tensor, seed: int, step: int, sample: int, replica: int, param:
             block & _MASK32,
             (block >> 32) | (param << 8),
             torch.full_like(block, step),
-            torch.full_like(block, sample | (replica << 16)),
+            torch.full_like(block, sample % MIRROR | (replica << 16)),
         ),
         dim=-1,
     )
     w0, w1, w2, w3 = philox4x32(counter, (seed & _MASK32, seed >> 32)).unbind(-1)
-    return torch.stack((*box_muller(w0, w1), *box_muller(w2, w3)), dim=-1)
+    signs = _SIGNS if sample >= MIRROR else 0
+    return torch.stack((*box_muller(w0, w1 ^ signs), *box_muller(w2, w3 ^ signs)), dim=-1)
 
 
 def normals(
@@ -211,7 +237,7 @@ def normals(
         numel: How many elements.
         seed: 64-bit seed.
         step: Optimizer step in ``[0, 2^32)``; the last value is :data:`EVAL_STEP`.
-        sample: Monte-Carlo sample within the step, in ``[0, 2^16)``.
+        sample: Monte-Carlo sample within the step, in ``[0, 2^16)``; plus :data:`MIRROR` for minus its normals.
         replica: Data-parallel replica with noise of its own, in ``[0, 2^16)``.
         param: Parameter index, in ``[0, 2^24)``.
         start: First element, in the unsharded tensor's row-major order; ``start + numel <= 2^42``.

@@ -92,6 +92,8 @@ class IVON(Optimizer):
             spoils the weights, as with torch's own optimizers (a GradScaler's overflow check still counts).
         sample_in_step: In train mode, let :meth:`step` write the next sample into the weights in the same pass.
             Call :meth:`eval` before reading or saving the weights, or read them in an :meth:`at_mean` block.
+        antithetic: Draw the samples of a step in pairs of opposite noise: sample 2 k + 1 is minus sample 2 k, and what
+            is linear in the noise cancels in their average. With one sample per step it changes nothing.
         capturable: Let a CUDA graph capture the training step: ``lr`` becomes a float64 tensor on the device, which
             schedulers of torch fill in place, and every replay draws fresh noise. Needs ``"triton"`` or ``"cuda"``, and
             a warm-up step before the capture. Capture again after loading a state dict, and after moving or freezing
@@ -127,6 +129,7 @@ class IVON(Optimizer):
         nonfinite: Literal["raise", "skip", "ignore"] = "raise",
         sample_in_step: bool = False,
         capturable: bool = False,
+        antithetic: bool = False,
     ) -> None:
         mc_samples = whole_number(mc_samples, "mc_samples", 1, MAX_SAMPLES + 1)
         seed = None if seed is None else whole_number(seed, "seed", 0, 2**64)
@@ -137,7 +140,7 @@ class IVON(Optimizer):
         self._eval_samples = 0
         self._loading: dict[str, Any] | None = None  # the state dict that load_state_dict is taking over
         self.advised: set[str] = set()  # what check() would say and a warning has said
-        self._build(backend, capturable, nonfinite, seed_given=seed is not None)
+        self._build(backend, capturable, nonfinite, seed_given=seed is not None, antithetic=antithetic)
         defaults = {
             "lr": lr,
             "ess": ess,
@@ -160,12 +163,14 @@ class IVON(Optimizer):
         advice.warn_once(self.advised, advice.advise_at_once(self.param_groups, self._parameters.ordered), stacklevel=2)
         self._beginning.remember(self.param_groups, self._parameters.ordered)
 
-    def _build(self, backend: str | None, capturable: bool, nonfinite: NonFinite, *, seed_given: bool) -> None:
+    def _build(
+        self, backend: str | None, capturable: bool, nonfinite: NonFinite, *, seed_given: bool, antithetic: bool
+    ) -> None:
         """Make the parts. None of them refers to the optimizer, which would keep device memory until a collection."""
         self._beginning = advice.Beginning()
         self._parameters = Parameters(backend, capturable)
         self._weights = Weights(_OWNER)
-        self._samples = Samples(self._parameters, self._weights, nonfinite, seed_given)
+        self._samples = Samples(self._parameters, self._weights, nonfinite, seed_given, antithetic)
         self._update = Update(self._samples)
         self._weights.let_go_by(self._samples.restore)
         # An optimizer that is dropped in the middle of a step must not leave its sample to who comes next.
@@ -715,7 +720,10 @@ class IVON(Optimizer):
             return
         self.__dict__.update(own)
         self._loading = None
-        self._build(parts.backend, state["defaults"]["capturable"], parts.nonfinite, seed_given=parts.seed_given)
+        capturable = state["defaults"]["capturable"]
+        self._build(
+            parts.backend, capturable, parts.nonfinite, seed_given=parts.seed_given, antithetic=parts.antithetic
+        )
         super().__setstate__(state)
         self.param_groups = groups
         self._parameters.bind(self.defaults)

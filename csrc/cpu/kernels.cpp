@@ -16,7 +16,7 @@ NoiseStream make_stream(uint64_t seed, int64_t step, int64_t sample, int64_t rep
   return {{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
           static_cast<uint32_t>(param),
           static_cast<uint32_t>(step),
-          static_cast<uint32_t>(sample | replica << 16)};
+          noise_of(sample, replica)};
 }
 
 NoiseStream make_stream(const IvonCall& call, int64_t step, int64_t param) {
@@ -222,7 +222,7 @@ void step(const IvonTensor& t, const IvonCall& call, int64_t begin, int64_t n) {
     return;
   }
   NoiseStream next = make_stream(call, t.step + 1, t.index);
-  next.sample_replica = static_cast<uint32_t>(call.replica << 16);
+  next.sample_replica = noise_of(0, call.replica);
   float* next_eps = keeps_noise(t, call) ? t.noise + begin : eps_buffer;
   tensor_normals(next_eps, n, next, t, begin);
   draw_chunk(t, next_eps, k, begin, n);

@@ -45,15 +45,16 @@ struct VectorKeys {
 // then w1, w2, w3.
 IVON_FN void word_group(float* out, const NoiseStream& s, const VectorKeys& keys, VWord even0, VWord even1, VWord odd0,
                         VWord odd1) {
-  const VWord w2 = VWord{} + s.step, w3 = VWord{} + s.sample_replica;
+  const VWord w2 = VWord{} + s.step, w3 = VWord{} + static_cast<uint32_t>(s.sample_replica);
+  const VInt signs = VInt{} + static_cast<int32_t>(signs_of(s.sample_replica));
   PhiloxBlock<VFloat> even{even0, even1, w2, w3};
   PhiloxBlock<VFloat> odd{odd0, odd1, w2, w3};
   philox4x32<VFloat>(even, keys);
   philox4x32<VFloat>(odd, keys);
   store(out, (VFloat)interleave(even.w0, odd.w0));
-  store(out + kLanes, (VFloat)interleave(even.w1, odd.w1));
+  store(out + kLanes, (VFloat)(interleave(even.w1, odd.w1) ^ signs));
   store(out + 2 * kLanes, (VFloat)interleave(even.w2, odd.w2));
-  store(out + 3 * kLanes, (VFloat)interleave(even.w3, odd.w3));
+  store(out + 3 * kLanes, (VFloat)(interleave(even.w3, odd.w3) ^ signs));
 }
 
 // The words of kLanes consecutive blocks, none of which crosses a multiple of 2^32.
@@ -113,8 +114,9 @@ IVON_FN void normal_groups(float* out, int64_t groups, const NoiseStream& s, con
 void normal_block(float* out, const NoiseStream& s, uint64_t block) {
   PhiloxBlock<float> b{block, counter_word1(s, block), s.step, s.sample_replica};
   philox4x32<float>(b, s.seed);
-  box_muller<float>(static_cast<int32_t>(b.w0), static_cast<int32_t>(b.w1), out[0], out[1]);
-  box_muller<float>(static_cast<int32_t>(b.w2), static_cast<int32_t>(b.w3), out[2], out[3]);
+  const uint32_t signs = signs_of(s.sample_replica);
+  box_muller<float>(static_cast<int32_t>(b.w0), static_cast<int32_t>(b.w1 ^ signs), out[0], out[1]);
+  box_muller<float>(static_cast<int32_t>(b.w2), static_cast<int32_t>(b.w3 ^ signs), out[2], out[3]);
 }
 
 // Elements start .. start + n of the stream, n <= kChunk.

@@ -63,7 +63,7 @@ struct CallHeader {
   const float* grad_scale;
   int64_t step_override;
   KeyTable keys;
-  uint32_t sample_replica;
+  uint64_t sample_replica;
   uint32_t count;   // tensors
   uint32_t blocks;  // chunks of all of them
   uint32_t quads;   // per thread

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) kernel(const __grid
 
 __global__ void __launch_bounds__(kThreads)
     normals_kernel(float* out, int64_t numel, const __grid_constant__ KeyTable keys, uint32_t step,
-                   uint32_t sample_replica, uint32_t param, int64_t start) {
+                   uint64_t sample_replica, uint32_t param, int64_t start) {
   const int64_t first = start / 4;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; (first + b) * 4 < start + numel;

@@ -75,8 +75,6 @@ KeyTable key_table(uint64_t seed) {
   return table;
 }
 
-uint32_t sample_replica(int64_t sample, int64_t replica) { return static_cast<uint32_t>(sample | replica << 16); }
-
 CallHeader make_header(const IvonCudaCall& call) {
   return {call.mean,
           call.momentum,
@@ -90,7 +88,7 @@ CallHeader make_header(const IvonCudaCall& call) {
           call.grad_scale,
           call.step_override,
           key_table(call.seed),
-          sample_replica(call.sample, call.replica),
+          noise_of(call.sample, call.replica),
           0,
           0,
           0,
@@ -356,8 +354,8 @@ int ivon_cuda_normals(float* out, int64_t numel, uint64_t seed, int64_t step, in
   const cudaError_t unusable = use_device(device);
   if (unusable != cudaSuccess) return static_cast<int>(unusable);
   const KeyTable keys = key_table(seed);
-  uint32_t step_word = static_cast<uint32_t>(step), sample_word = sample_replica(sample, replica);
-  uint32_t param_word = static_cast<uint32_t>(param);
+  uint32_t step_word = static_cast<uint32_t>(step), param_word = static_cast<uint32_t>(param);
+  uint64_t sample_word = noise_of(sample, replica);
 #if defined(IVON_EMULATE)
   static_cast<void>(stream);
   for (int64_t block = start / 4; block * 4 < start + numel; ++block) {

@@ -83,18 +83,19 @@ IVON_FN void prepare(const Args& args, uint32_t block, typename Args::Context& c
   }
 }
 
-IVON_FN void normal_quad(uint64_t block, const KeyTable& keys, uint32_t param, uint32_t step, uint32_t sample_replica,
+IVON_FN void normal_quad(uint64_t block, const KeyTable& keys, uint32_t param, uint32_t step, uint64_t sample_replica,
                          Quad& eps) {
   const NoiseStream stream{{}, param, step, sample_replica};
   PhiloxBlock<float> b{block, counter_word1(stream, block), step, sample_replica};
   philox4x32<float>(b, keys);
-  box_muller<float>(static_cast<int32_t>(b.w0), static_cast<int32_t>(b.w1), eps.v[0], eps.v[1]);
-  box_muller<float>(static_cast<int32_t>(b.w2), static_cast<int32_t>(b.w3), eps.v[2], eps.v[3]);
+  const uint32_t signs = signs_of(sample_replica);
+  box_muller<float>(static_cast<int32_t>(b.w0), static_cast<int32_t>(b.w1 ^ signs), eps.v[0], eps.v[1]);
+  box_muller<float>(static_cast<int32_t>(b.w2), static_cast<int32_t>(b.w3 ^ signs), eps.v[2], eps.v[3]);
 }
 
 // The normals of elements at .. at + 4 of the block's tensor.
 IVON_FN void normal_quad(const CallHeader& call, const BlockContext& c, int64_t at, uint32_t step,
-                         uint32_t sample_replica, Quad& eps) {
+                         uint64_t sample_replica, Quad& eps) {
   const uint64_t block = static_cast<uint64_t>(c.noise_block) + static_cast<uint32_t>(at - c.begin) / 4;
   normal_quad(block, call.keys, c.tensor.index(), step, sample_replica, eps);
 }
@@ -104,18 +105,19 @@ IVON_FN uint64_t unsharded_index(const GatheredContext& c, uint32_t element) {
   return static_cast<uint64_t>(c.first + element + gaps * c.gap);
 }
 
-IVON_FN float normal_at(uint64_t index, const KeyTable& keys, uint32_t param, uint32_t step, uint32_t sample_replica) {
+IVON_FN float normal_at(uint64_t index, const KeyTable& keys, uint32_t param, uint32_t step, uint64_t sample_replica) {
   const NoiseStream stream{{}, param, step, sample_replica};
   PhiloxBlock<float> b{index / 4, counter_word1(stream, index / 4), step, sample_replica};
   philox4x32<float>(b, keys);
   const bool second = (index & 2) != 0;
+  const uint64_t angle = (second ? b.w3 : b.w1) ^ signs_of(sample_replica);
   float z0, z1;
-  box_muller<float>(static_cast<int32_t>(second ? b.w2 : b.w0), static_cast<int32_t>(second ? b.w3 : b.w1), z0, z1);
+  box_muller<float>(static_cast<int32_t>(second ? b.w2 : b.w0), static_cast<int32_t>(angle), z0, z1);
   return (index & 1) != 0 ? z1 : z0;
 }
 
 IVON_FN void normal_quad(const CallHeader& call, const GatheredContext& c, int64_t at, uint32_t step,
-                         uint32_t sample_replica, Quad& eps) {
+                         uint64_t sample_replica, Quad& eps) {
   const uint32_t element = static_cast<uint32_t>(at - c.begin), param = c.tensor.index();
   if (c.aligned) {
     normal_quad(unsharded_index(c, element) / 4, call.keys, param, step, sample_replica, eps);

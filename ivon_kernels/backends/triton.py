@@ -20,6 +20,7 @@ from ivon_kernels.backends.base import Draw, Guard, Launch
 from ivon_kernels.backends.device import DeviceBackend
 from ivon_kernels.backends.state import Arena, ParamState
 from ivon_kernels.backends.triton_launch import Kernel, Mirror, installed, interpreted, is_capturing
+from ivon_kernels.noise import MIRROR
 
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 _BLOCK = 1024  # elements at a time: 8 a thread ...
@@ -240,13 +241,19 @@ class _Plan:
 
 
 def signed(seed: int) -> int:
-    """The int64 with the bits of a seed below 2^64."""
+    """The int64 with the bits of a whole number below 2^64."""
     return seed - (1 << 64) if seed >> 63 else seed
+
+
+def noise_of(sample: int, replica: int = 0) -> int:
+    """Which noise of a step, as the kernels take it: csrc/philox.h has the same."""
+    signs = 0xC0000000 if sample >= MIRROR else 0
+    return signed(signs << 32 | sample % MIRROR | replica << 16)
 
 
 def _noise(draw: Draw) -> tuple[int, int, int]:
     """A draw as the kernels take it: seed, step or -1, sample and replica."""
-    return signed(draw.seed), -1 if draw.step is None else draw.step, draw.sample | draw.replica << 16
+    return signed(draw.seed), -1 if draw.step is None else draw.step, noise_of(draw.sample, draw.replica)
 
 
 class TritonBackend(DeviceBackend):

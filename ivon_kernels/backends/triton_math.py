@@ -86,8 +86,9 @@ def _words(c0, c1, seed, step, sample_replica):
 def _quads(c0, c1, seed, step, sample_replica):
     """The normals of blocks, given by the first two words of their counters: ``[lanes, 4]``."""
     w0, w1, w2, w3 = _words(c0, c1, seed, step, sample_replica)
-    z0, z1 = box_muller(w0, w1)
-    z2, z3 = box_muller(w2, w3)
+    signs = (sample_replica >> 32).to(tl.uint32)
+    z0, z1 = box_muller(w0, w1 ^ signs)
+    z2, z3 = box_muller(w2, w3 ^ signs)
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (c0.shape[0], 4))
 
 
@@ -117,7 +118,8 @@ def normals_at(element, seed, index, step, sample_replica):
     c1 = ((block >> 32) | (index << 8)).to(tl.uint32)
     w0, w1, w2, w3 = _words(block.to(tl.uint32), c1, seed, step, sample_replica)
     second = (element & 2) != 0
-    z0, z1 = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1))
+    signs = (sample_replica >> 32).to(tl.uint32)
+    z0, z1 = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1) ^ signs)
     return tl.where((element & 1) != 0, z1, z0)
 
 

@@ -236,7 +236,8 @@ class Gaussians(Mapping[str, Gaussian]):
 
         Args:
             model: A model with these weights: the trained one, or one that was loaded.
-            sample: Number of the sample, in ``[0, 65536)``: the same weights everywhere.
+            sample: Number of the sample, as :func:`ivon_kernels.noise.check_sample` takes it: the same weights
+                everywhere.
             adapter: Which of its PEFT adapters; None for the posterior's own if it is there, else the active one.
             backend: What computes the sample, as for :class:`ivon_kernels.IVON`; the bits do not depend on it.
 
@@ -271,7 +272,7 @@ class Gaussians(Mapping[str, Gaussian]):
         """The weights of a sample by name, in the dtype and shape of the means, not rounded to the model's dtype.
 
         Args:
-            sample: Number of the sample, in ``[0, 65536)``.
+            sample: Number of the sample, as :func:`ivon_kernels.noise.check_sample` takes it.
             backend: As in :meth:`sampled`.
 
         Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ivon_kernels.lora import cpu, reference, triton
 from ivon_kernels.lora.factor import DTYPES, Factor
-from ivon_kernels.noise import MAX_SAMPLES
+from ivon_kernels.noise import check_sample
 
 __all__ = ["BACKENDS", "DTYPES", "Factor", "lora_samples_"]
 
@@ -51,7 +51,7 @@ def lora_samples_(
         b: ``[d_out, rank]``.
         scaling: Of the product.
         seed: 64-bit seed of the noise.
-        samples: Numbers of the samples, each in ``[0, 65536)``.
+        samples: Numbers of the samples, each as :func:`ivon_kernels.noise.check_sample` takes it.
         backend: ``"cpu"``, ``"triton"`` or ``"reference"``; None takes the first one that takes these tensors. One
             asked for by name never falls back to another.
 
@@ -93,8 +93,8 @@ def _check(out: Tensor, x: Tensor, a: Factor, b: Factor, seed: int, samples: Seq
         )
     if not samples or rows % len(samples):
         raise ValueError(f"{rows} rows cannot be divided among {len(samples)} samples")
-    if min(samples) < 0 or max(samples) >= MAX_SAMPLES:
-        raise ValueError(f"samples are numbered 0 .. {MAX_SAMPLES - 1}, not {min(samples)} .. {max(samples)}")
+    for sample in (min(samples), max(samples)):
+        check_sample(sample)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed} is outside [0, 2^64)")
     for name, dtype in (("out", out.dtype), ("x", x.dtype), ("a", a.dtype), ("b", b.dtype)):

@@ -14,7 +14,7 @@ from ivon_kernels.lora.guard import guard, unguard
 from ivon_kernels.lora.modules import find_modules
 from ivon_kernels.lora.op import BACKENDS
 from ivon_kernels.lora.patches import FusedLora, Patch, SampleBySample
-from ivon_kernels.noise import MAX_SAMPLES
+from ivon_kernels.noise import MIRROR
 from ivon_kernels.tree import map_tensors
 
 __all__ = ["Stack", "stack"]
@@ -196,8 +196,8 @@ class Stack:
 
 def _numbers(samples: int | Sequence[int]) -> tuple[int, ...]:
     numbers = tuple(range(samples)) if isinstance(samples, int) else tuple(int(sample) for sample in samples)
-    if not numbers or min(numbers) < 0 or max(numbers) >= MAX_SAMPLES:
-        raise ValueError(f"samples={samples!r}: give how many, at least 1, or numbers in 0 .. {MAX_SAMPLES - 1}")
+    if not numbers or min(numbers) < 0 or max(numbers) >= 2 * MIRROR:
+        raise ValueError(f"samples={samples!r}: give how many, at least 1, or numbers in 0 .. {2 * MIRROR - 1}")
     return numbers
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ivon_kernels.backends.triton import TritonBackend, signed
+from ivon_kernels.backends.triton import TritonBackend, noise_of, signed
 from ivon_kernels.backends.triton_launch import Kernel, interpreted
 from ivon_kernels.lora.factor import Factor
 from ivon_kernels.noise import EVAL_STEP
@@ -58,7 +58,7 @@ def lora_samples_(
     if 0 in (out.numel(), x.numel(), a.mean.numel()):
         return
     tokens = x.shape[0] // len(samples)
-    for begin, numbers in _evenly_spaced(samples):
+    for begin, numbers in _evenly_spaced([noise_of(sample) for sample in samples]):
         rows = slice(begin * tokens, (begin + len(numbers)) * tokens)
         _launch(out[rows], x[rows], a, b, scaling, seed, numbers)
 

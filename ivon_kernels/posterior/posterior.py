@@ -196,7 +196,7 @@ class Posterior(Gaussians):
         files come along.
 
         Args:
-            sample: Number of the sample, in ``[0, 65536)``.
+            sample: Number of the sample, as :func:`ivon_kernels.noise.check_sample` takes it.
             folder: Where to write; made if it is not there. None: ``sample_K`` in the posterior's own folder.
 
         Returns:

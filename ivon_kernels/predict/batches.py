@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ivon_kernels.noise import MAX_SAMPLES
+from ivon_kernels.noise import MAX_SAMPLES, MIRROR
 from ivon_kernels.tree import map_tensors, tensors
 
 
@@ -116,8 +116,8 @@ def sample_numbers(samples: Any) -> tuple[int, ...]:
             raise ValueError(f"samples must be from 0 (the mean) to {MAX_SAMPLES}, got {samples}")
         return tuple(range(samples))
     numbers = tuple(map(operator.index, samples))
-    if not numbers or not all(0 <= k < MAX_SAMPLES for k in numbers) or len(set(numbers)) < len(numbers):
-        raise ValueError(f"samples must be different numbers in [0, {MAX_SAMPLES}), got {list(numbers)}")
+    if not numbers or not all(0 <= k < 2 * MIRROR for k in numbers) or len(set(numbers)) < len(numbers):
+        raise ValueError(f"samples must be different numbers in [0, {2 * MIRROR}), got {list(numbers)}")
     return numbers
 
 

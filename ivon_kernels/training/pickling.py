@@ -30,6 +30,7 @@ class Parts(NamedTuple):
     sums: dict[int, tuple[Tensor, Tensor]]  # of the finished samples, by the parameter's index
     active: list[int]  # indices of the parameters that were sampled
     findings: list[int]
+    antithetic: bool
 
 
 def pack(samples: Samples, update: Update) -> Parts:
@@ -61,6 +62,7 @@ def pack(samples: Samples, update: Update) -> Parts:
         sums={state.index: state.sums for state in parameters.ordered if state.sums is not None},
         active=[state.index for state in parameters.active.states],
         findings=samples.findings(),
+        antithetic=samples.antithetic,
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ivon_kernels.backends import DeviceBackend, Draw, Launch
 from ivon_kernels.backends.state import ParamState
-from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES
+from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES, MIRROR
 from ivon_kernels.training import replicas
 from ivon_kernels.training.gradients import (
     Closed,
@@ -52,6 +52,7 @@ class Samples:
         weights: What these hold.
         nonfinite: As for :class:`ivon_kernels.IVON`.
         seed_given: Somebody chose the seed; it is not just torch's.
+        antithetic: As for :class:`ivon_kernels.IVON`.
 
     Attributes:
         count: Samples drawn for the coming step.
@@ -62,11 +63,14 @@ class Samples:
         bad: A parameter whose gradient was not finite in a folded sample, or None.
     """
 
-    def __init__(self, parameters: Parameters, weights: Weights, nonfinite: NonFinite, seed_given: bool) -> None:
+    def __init__(
+        self, parameters: Parameters, weights: Weights, nonfinite: NonFinite, seed_given: bool, antithetic: bool
+    ) -> None:
         # For good.
         self.parameters, self.weights = parameters, weights
         self.nonfinite = nonfinite
         self.seed_given = seed_given
+        self.antithetic = antithetic
         # Once.
         self.had_gradients = False
         self._agreed = False  # the ranks have compared their seeds since this optimizer was built or unpickled
@@ -115,7 +119,10 @@ class Samples:
         seed = self.parameters.seed
         if self.replay is not None:
             return Draw(seed, self.replay, step=EVAL_STEP)
-        return Draw(seed, self.count - 1, replicas.world()[0] if self.parameters.sync else 0)
+        number = self.count - 1
+        if self.antithetic:
+            number = number // 2 + number % 2 * MIRROR
+        return Draw(seed, number, replicas.world()[0] if self.parameters.sync else 0)
 
     def _agree(self) -> None:
         """Make sure that all replicas draw from one seed."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ivon_kernels import available_backends, noise
 from ivon_kernels.backends import cpu
+from ivon_kernels.backends.base import Draw
 from ivon_kernels.backends.cpu import CpuBackend
 from ivon_kernels.backends.cuda import CudaBackend
 from ivon_kernels.backends.reference import ReferenceBackend
@@ -68,19 +69,21 @@ def put(side: Side, shards: Sequence[Shard | None]) -> Side:
     return side
 
 
-def drawn(backend: Any, shapes: Sequence[Sequence[int]], shards: Sequence[Shard | None]) -> list[Tensor]:
+def drawn(
+    backend: Any, shapes: Sequence[Sequence[int]], shards: Sequence[Shard | None], draw: Draw = DRAW
+) -> list[Tensor]:
     """The noise of step 2, 3, 4, 2, ... for parameters 0, 1, 2, ..., as the weights show it."""
     side = put(Side(backend, [torch.zeros(*shape) for shape in shapes], groups=[PLAIN]), shards)
     for slot in side.slots:
         slot.hess.fill_(1.0)
-    backend.sample(side.list, DRAW, False)
+    backend.sample(side.list, draw, False)
     return [param.cpu() for param in side.params]
 
 
-def by_definition(number: int, numel: int, shard: Shard) -> Tensor:
+def by_definition(number: int, numel: int, shard: Shard, draw: Draw) -> Tensor:
     """The same from the specification, element by element."""
     start, run, pitch = shard
-    stream = {**STREAM, "step": 2 + number % 3, "param": number}
+    stream = {**STREAM, "sample": draw.sample, "step": 2 + number % 3, "param": number}
     normals = [noise.normals(1, start=start + i // run * pitch + i % run, **stream) for i in range(numel)]
     return torch.cat([torch.empty(0), *normals])
 
@@ -137,9 +140,10 @@ FAR = [
 
 @pytest.mark.parametrize("make", EVERY)
 def test_far_and_odd(make: Any) -> None:
-    params = drawn(make(), [(numel,) for _, numel in FAR], [shard for shard, _ in FAR])
+    draw = DRAW._replace(sample=DRAW.sample + noise.MIRROR)
+    params = drawn(make(), [(numel,) for _, numel in FAR], [shard for shard, _ in FAR], draw)
     for number, (shard, numel) in enumerate(FAR):
-        assert torch.equal(params[number], by_definition(number, numel, shard)), shard
+        assert torch.equal(params[number], by_definition(number, numel, shard, draw)), shard
 
 
 @pytest.fixture(params=cpu.simd_levels() if HERE["cpu"] is None else [])

@@ -73,6 +73,29 @@ def test_the_defining_formula() -> None:
     assert z[7].item() == pytest.approx(radius * sine, rel=1e-6, abs=1e-6)
 
 
+def test_a_mirrored_sample_has_minus_the_noise() -> None:
+    where = {"seed": 2**63 + 1, "step": 7, "replica": 2**16 - 1, "param": 9}
+    elements = torch.tensor([0, 5, 6, 7, 2**35 + 1])
+    for sample in (0, 3, noise.MAX_SAMPLES - 1):
+        mirrored = sample + noise.MIRROR
+        assert torch.equal(
+            noise.normals(1003, start=1, sample=mirrored, **where),
+            -noise.normals(1003, start=1, sample=sample, **where),
+        )
+        assert torch.equal(
+            noise.normals_at(elements, sample=mirrored, **where), -noise.normals_at(elements, sample=sample, **where)
+        )
+
+
+def test_antithetic_numbers() -> None:
+    assert noise.antithetic(1) == [0]
+    assert noise.antithetic(5) == [0, 1, 2, noise.MIRROR, noise.MIRROR + 1]
+    assert len(set(noise.antithetic(2 * noise.MAX_SAMPLES))) == 2 * noise.MAX_SAMPLES
+    for wrong in (0, -1, 2 * noise.MAX_SAMPLES + 1, 1.5):
+        with pytest.raises(ValueError, match="count must be a whole number"):
+            noise.antithetic(wrong)  # type: ignore[arg-type]
+
+
 def test_accuracy_of_the_transform_over_its_whole_range() -> None:
     """Absolute error against float64 below 2^-20 for the extreme words and a grid between them."""
     grid = torch.cat(
@@ -173,7 +196,7 @@ def test_angles_are_uniform(z: torch.Tensor) -> None:
         {"seed": 2**64},
         {"step": 2**32},
         {"step": -1},
-        {"sample": 2**16},
+        {"sample": 2**17},
         {"replica": 2**16},
         {"param": 2**24},
         {"start": 2**42},

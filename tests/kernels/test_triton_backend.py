@@ -35,7 +35,7 @@ DRAW = Draw(seed=2**64 - 5, sample=0)
         Draw(0, 0),
         Draw(1, 0),
         Draw(2**31, 1, 3),
-        Draw(2**32 + 16, 2**16 - 1, 2**16 - 1),
+        Draw(2**32 + 16, 2**17 - 1, 2**16 - 1),
         Draw(2**63, 7, 0, step=2**31),
         Draw(2**64 - 1, 0, 1, step=noise.EVAL_STEP),
         Draw(2**40, 0, 0, step=0),

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is o
 SHAPES = [
     Case(),
     Case(samples=(0,), tokens=17, d_in=8, d_out=16, rank=1),
-    Case(samples=(9, 2, 65535), tokens=1, d_in=33, d_out=17, rank=3),
+    Case(samples=(9, 2, 131071), tokens=1, d_in=33, d_out=17, rank=3),
     Case(samples=(4,), tokens=3, d_in=1, d_out=1, rank=40),
     Case(samples=(6, 1), tokens=2, d_in=70, d_out=18, rank=20),
     Case(d_in=36, d_out=20, rank=12, shift=1),
@@ -52,7 +52,7 @@ def test_accuracy(case: Case) -> None:
 @pytest.mark.parametrize(("x", "weights"), [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)], ids=str)
 @pytest.mark.parametrize(("d_in", "rank"), [pytest.param(16, 8, marks=pytest.mark.slow), (21, 5)])
 def test_weights_have_the_bits_of_the_reference(x: torch.dtype, weights: torch.dtype, d_in: int, rank: int) -> None:
-    case = of_dtypes(x, weights, weights, x, Case(samples=(65535, 0), d_in=d_in, d_out=24, rank=rank))
+    case = of_dtypes(x, weights, weights, x, Case(samples=(131071, 0), d_in=d_in, d_out=24, rank=rank))
     assert_same_weights(case, lora_samples_)
 
 

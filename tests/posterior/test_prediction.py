@@ -259,7 +259,7 @@ def test_progress_counts_batches(
         (torch.zeros(2, 4), {"samples": -1}, ValueError, "from 0"),
         (torch.zeros(2, 4), {"samples": [1, 1]}, ValueError, "different numbers"),
         (torch.zeros(2, 4), {"samples": []}, ValueError, "different numbers"),
-        (torch.zeros(2, 4), {"samples": [65536]}, ValueError, "different numbers"),
+        (torch.zeros(2, 4), {"samples": [131072]}, ValueError, "different numbers"),
         (torch.zeros(2, 4), {"max_rows": 0}, ValueError, "max_rows"),
         (torch.zeros(2, 4), {"score": lambda model, x: model(x)[:, :1]}, ValueError, "at least two classes"),
         (torch.zeros(2, 4), {"score": lambda model, x: model(x)[:1]}, ValueError, "1 rows for a batch of 2"),

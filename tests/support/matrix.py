@@ -30,7 +30,7 @@ SAMPLES = (1, 3)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gradsq": {"hess_approx": "gradsq"},
-    "clipped": {"clip_radius": 0.05, "rescale_lr": False},
+    "clipped": {"clip_radius": 0.05, "rescale_lr": False, "antithetic": True},
     "no debias": {"debias": False, "weight_decay": 0.0},
     "one pass": {"sample_in_step": True},
 }
