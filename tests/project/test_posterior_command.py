@@ -93,7 +93,7 @@ def test_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, where in ((3, folder / "sample_3"), (4, folder / "sample_4"), (0, out / "sample_0")):
         saved, expected = load_file(where / WEIGHTS), posterior.draw(number)
         assert saved.keys() == expected.keys() and all(saved[name].equal(expected[name]) for name in saved)
-    assert "65536" in refused("posterior", "sample", folder, "--first", "65536", capsys=capsys)
+    assert "131072" in refused("posterior", "sample", folder, "--first", "131072", capsys=capsys)
 
 
 def test_temper(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
