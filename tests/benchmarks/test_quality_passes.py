@@ -142,6 +142,11 @@ def test_ivon_has_the_settings_of_for_lora(job: Job) -> None:
     assert each.shape == (job.samples, len(job.training_set), 3)
     mean = METHODS["ivon_for_lora_mean"].each(job, state, {}, job.training_set)
     assert mean.shape[0] == 1 and not torch.equal(mean[0], each.mean(0))
+    pairs = METHODS["ivon_for_lora_pairs"].each(job, state, {}, job.training_set)
+    assert pairs.shape == each.shape and torch.allclose(pairs[0], each[0]) and not torch.allclose(pairs[1], each[1])
+    # What a sample moves the logits by, its mirror image takes back, but for what is not linear.
+    moved = (pairs[:2].log() - mean.log()).flatten(1)
+    assert torch.corrcoef(moved)[0, 1] < -0.5
 
 
 def test_what_a_method_takes_is_counted() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from benchmarks.quality.methods.adamw import TEMPERATURE, TemperatureScaling
 from ivon_kernels import IVON
 from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.names import weight_names
+from ivon_kernels.noise import MIRROR
 from ivon_kernels.posterior import Posterior
 
 STACKED_BATCH = 12  # examples of a forward pass that several samples share
@@ -44,7 +45,7 @@ def posterior_of(job: Job, state: State, hyper: Hyper) -> Posterior:
     return Posterior(gaussians, job.seed)
 
 
-def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samples: int) -> Tensor:
+def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samples: int | Sequence[int]) -> Tensor:
     """Class probabilities under every sample, or at the mean for 0: float64 ``[samples, examples, classes]``."""
     index: list[int] = []
 
@@ -60,7 +61,7 @@ def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samp
         job.model, inputs(), samples=samples, score=score, keep_samples=True, progress=False, advise=False
     ).sample_probabilities
     assert found is not None
-    job.passes += (max(samples, 1) - 1) * len(index)  # one for each is counted already
+    job.passes += (len(found) - 1) * len(index)  # one for each is counted already
     return found[:, torch.tensor(index).argsort()]
 
 
@@ -81,6 +82,14 @@ class Samples(Ivon):
     def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         posterior = posterior_of(job, state, hyper).tempered(hyper.get("temperature", 1.0))
         return predict_each(job, posterior, examples, job.samples)
+
+
+class Pairs(Samples):
+    """As many samples, each followed by its mirror image: any even number of the first ones is made of pairs."""
+
+    def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
+        numbers = [k // 2 + k % 2 * MIRROR for k in range(job.samples)]
+        return predict_each(job, posterior_of(job, state, hyper), examples, numbers)
 
 
 class ForLora(Samples):
@@ -139,6 +148,7 @@ _PAPER = "Cong et al. 2024, arXiv 2411.04421"
 _TEMPERED = "ivon_kernels.posterior.Posterior.tempered"
 _SCALED = "Rahaman and Thiery, NeurIPS 2021, arXiv 2007.08792 (pool, then calibrate)"
 _FOR_LORA, _TUNED = "docs/recipe.md: nothing is chosen", "docs/recipe.md: learning rate and sigma chosen of four"
+_PAIRS = "antithetic variates: Hammersley and Morton 1956; ivon_kernels.noise.antithetic"
 _RECIPE, _EPOCHS = "benchmarks/results/recipe", "benchmarks/quality/README.md"
 
 METHODS = (
@@ -162,6 +172,7 @@ METHODS = (
         "ivon_long_tempered", "IVON, many epochs: tempered samples", _TEMPERED, base="ivon_long", dials=_TEMPERATURES
     ),
     ForLora("ivon_for_lora", "IVON for_lora, samples", _FOR_LORA),
+    Pairs("ivon_for_lora_pairs", "IVON for_lora, pairs of samples", _PAIRS, base="ivon_for_lora"),
     Ivon("ivon_for_lora_mean", "IVON for_lora, mean", _FOR_LORA, base="ivon_for_lora"),
     ForLora("ivon_tuned", "IVON tuned, samples", _TUNED, candidates=_RULED),
     Ivon("ivon_tuned_mean", "IVON tuned, mean", _TUNED, base="ivon_tuned"),
