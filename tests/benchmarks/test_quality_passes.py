@@ -149,6 +149,30 @@ def test_ivon_has_the_settings_of_for_lora(job: Job) -> None:
     assert torch.corrcoef(moved)[0, 1] < -0.5
 
 
+def test_what_is_tried_beside_for_lora(job: Job) -> None:
+    """Each trains in another way, and does what its title says."""
+    plain = METHODS["ivon_for_lora"].train(job, {})
+    mean = job.weights()
+    found = {}
+    for method in ("ivon_annealed", "ivon_averaged", "ivon_matrices"):
+        job.restart()
+        found[method] = METHODS[method].train(job, {})
+        assert not torch.equal(job.weights(), mean)
+        each = METHODS[method].each(job, found[method], {}, job.training_set)
+        assert torch.isfinite(each).all()
+    assert found["ivon_annealed"]["ess"].item() == pytest.approx(4 * plain["ess"].item(), rel=1e-5)
+    assert found["ivon_averaged"]["ess"] == plain["ess"]
+    matrices = METHODS["ivon_matrices"].optimizer(job, {})
+    refit = METHODS["ivon_matrices"].watch(job, matrices)
+    refit(7)
+    assert {group["weight_decay"] for group in matrices.param_groups} == {0.0}
+    refit(8)
+    for group in matrices.param_groups:  # the prior's variance is the mean square of a draw from the posterior
+        state = matrices.state[group["params"][0]]
+        square = state["mean"].square() + 1 / (group["ess"] * state["hess"])
+        assert 1 / (group["ess"] * group["weight_decay"]) == pytest.approx(square.mean().item(), rel=1e-5)
+
+
 def test_what_a_method_takes_is_counted() -> None:
     work = {name: METHODS[name].work(10) for name in LONG_METHODS}
     assert work["adamw"] == (1, 1) and work["mc_dropout"] == (0, 10) and work["ensemble"] == (4, 5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,19 +29,19 @@ def optimizer(job: Job, hyper: Hyper) -> IVON:
 
 
 def state_of(posterior: Posterior) -> State:
-    """The Hessian of every weight: one extra number each. The mean is the adapter's weight."""
-    return {name: gaussian.hess for name, gaussian in posterior.items()}
+    """The precision of every weight over the ess: one extra number each. The mean is the adapter's weight."""
+    return {name: gaussian.hess + gaussian.weight_decay for name, gaussian in posterior.items()}
 
 
 def posterior_of(job: Job, state: State, hyper: Hyper) -> Posterior:
     """The posterior around the weights that the model holds."""
     known, order = weight_names(job.model), {param: index for index, param in enumerate(job.parameters)}
-    gaussians, decay = {}, hyper.get("weight_decay", 0.0)
+    gaussians = {}
     ess = state[ESS].item() if ESS in state else hyper["ess"]
-    for name, hess in state.items():
+    for name, precision in state.items():
         if name != ESS:
             mean = known[name].detach().float().clone()
-            gaussians[name] = Gaussian(mean, hess.to(mean.device), order[known[name]], ess, decay)
+            gaussians[name] = Gaussian(mean, precision.to(mean.device), order[known[name]], ess, 0.0)
     return Posterior(gaussians, job.seed)
 
 
@@ -96,10 +96,18 @@ class ForLora(Samples):
     """Trained with what :meth:`IVON.for_lora` makes of the model, the number of examples, the steps, and `hyper`."""
 
     def train(self, job: Job, hyper: Hyper) -> State:
-        wanted: dict[str, Any] = dict(hyper)
-        found = IVON.for_lora(job.model, len(job.training_set), steps=job.steps, seed=job.seed, **wanted)
-        job.finetune(found)
+        found = self.optimizer(job, hyper)
+        job.finetune(found, after_step=self.watch(job, found))
         return {**state_of(found.posterior(job.model)), ESS: torch.tensor([found.param_groups[0]["ess"]])}
+
+    def optimizer(self, job: Job, hyper: Hyper) -> IVON:
+        """What trains the job's model."""
+        wanted: dict[str, Any] = dict(hyper)
+        return IVON.for_lora(job.model, len(job.training_set), steps=job.steps, seed=job.seed, **wanted)
+
+    def watch(self, job: Job, found: IVON) -> Callable[[int], None]:
+        """What is called after every step, with the number of steps done: some ways to train change things then."""
+        return lambda step: None
 
 
 class Frozen(Samples):
