@@ -14,7 +14,7 @@ from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.noise import check_sample
 from ivon_kernels.posterior import checkpoints, file, hub
-from ivon_kernels.predict import generation, prediction
+from ivon_kernels.predict import generation, left_out, prediction
 from ivon_kernels.report import page
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ class Posterior(Gaussians):
     Sample ``k`` of a posterior is the same set of weights at any time, on any device and backend: that of
     ``optimizer.sampled_params(sample=k)``.
 
-    :class:`~ivon_kernels.gaussians.gaussians.Gaussians` puts it into models. :meth:`predict`, :meth:`generate` and
-    :meth:`generate_averaged` are the functions of these names in :mod:`ivon_kernels.posterior`: one implementation,
-    documented there, which takes any Gaussians.
+    :class:`~ivon_kernels.gaussians.gaussians.Gaussians` puts it into models. :meth:`predict`, :meth:`generate`,
+    :meth:`generate_averaged`, :meth:`leave_one_out` and :meth:`sensitivity` are the functions of these names in
+    :mod:`ivon_kernels.posterior`: one implementation, documented there, which takes any Gaussians.
 
     Args:
         gaussians: By name; the noise indices differ.
@@ -69,6 +69,8 @@ class Posterior(Gaussians):
     predict = prediction.predict
     generate = generation.generate
     generate_averaged = generation.generate_averaged
+    leave_one_out = left_out.leave_one_out
+    sensitivity = left_out.sensitivity
 
     def report(
         self,

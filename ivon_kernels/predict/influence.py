@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +21,26 @@ class Influence:
 
     With the Jacobian ``J [K, P]`` of the outputs by the ``P`` weights of the posterior, at its mean,
 
-        V  =  J diag(1 / (h + d)) J^T        [K, K]
+        V  =  J S J^T  [K, K]        S = diag(sigma^2) = diag(1 / (ess (h + d)))
 
-    which is the covariance of the outputs, to first order, under the posterior of one example (``ess = 1``). Under a
-    posterior of ``ess`` it is ``V / ess``.
+    is the covariance of the outputs under the posterior, to first order.
 
     Args:
         posterior: The Gaussians.
         model: The model that they are about; :meth:`at_mean` puts the mean into it.
+        num_data: Takes the place of ess: ``S = diag(1 / (num_data (h + d)))``. None: each Gaussian has its own.
         adapter: The PEFT adapter that has the posterior's weights; None: its own, else the active one.
 
     Raises:
-        ValueError: If the model does not fit, or its weights are sharded.
+        ValueError: If the model does not fit, its weights are sharded, or `num_data` is out of range.
         RuntimeError: If the adapter is merged, disabled or not active.
     """
 
-    def __init__(self, posterior: Gaussians, model: nn.Module, *, adapter: str | None = None) -> None:
+    def __init__(
+        self, posterior: Gaussians, model: nn.Module, *, num_data: float | None = None, adapter: str | None = None
+    ) -> None:
+        if num_data is not None and not 1 <= num_data < math.inf:
+            raise ValueError(f"num_data must be a number of examples, at least 1, got {num_data!r}")
         self._posterior, self._model, self._adapter = posterior, model, adapter
         gaussians, params = posterior.places_in(model, adapter)
         if sharded := [name for name, param in params.items() if sharding.as_dtensor(param) is not None]:
@@ -44,11 +50,10 @@ class Influence:
         self._places: dict[int, list[int]] = {}
         for position, gaussian in enumerate(gaussians.values()):
             self._places.setdefault(gaussian.index, []).append(position)
-        by_index = {gaussian.index: gaussian for gaussian in gaussians.values()}
-        self._spread = {}
-        for index, positions in self._places.items():
-            precision = by_index[index].hess + by_index[index].weight_decay
-            self._spread[index] = precision.reciprocal().flatten().to(self._params[positions[0]].device)
+        self._variance: dict[int, Tensor] = {}
+        for gaussian, param in zip(gaussians.values(), self._params, strict=True):
+            counted = gaussian if num_data is None else replace(gaussian, ess=float(num_data))
+            self._variance[gaussian.index] = counted.variance.flatten().to(param.device)
 
     @contextmanager
     def at_mean(self) -> Iterator[None]:
@@ -78,9 +83,9 @@ class Influence:
         """
         gradients = [self._gradient(output, last=i == len(outputs) - 1) for i, output in enumerate(outputs)]
         total = torch.zeros(len(outputs), len(outputs), dtype=torch.float64, device="cpu")
-        for index, spread in self._spread.items():
+        for index, variance in self._variance.items():
             rows = torch.stack([gradient[index] for gradient in gradients])
-            total += ((rows * spread) @ rows.T).cpu().double()
+            total += ((rows * variance) @ rows.T).cpu().double()
         return total
 
     def _gradient(self, output: Tensor, *, last: bool) -> dict[int, Tensor]:
@@ -88,10 +93,8 @@ class Influence:
         found = torch.autograd.grad(output, self._params, retain_graph=not last, allow_unused=True)
         result = {}
         for index, positions in self._places.items():
-            spread = self._spread[index]
-            parts = [part for position in positions if (part := found[position]) is not None]
-            total = torch.zeros_like(spread)
-            for part in parts:
-                total += part.flatten().to(spread)
-            result[index] = total
+            result[index] = torch.zeros_like(self._variance[index])
+            for position in positions:
+                if (part := found[position]) is not None:
+                    result[index] += part.flatten().to(result[index])
         return result
