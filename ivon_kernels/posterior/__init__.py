@@ -20,6 +20,7 @@ from ivon_kernels.predict.metrics import Scores, evaluate
 from ivon_kernels.predict.prediction import Prediction, predict
 from ivon_kernels.predict.scoring import choices, class_logits, encode_choices, next_token
 from ivon_kernels.predict.temperature import fit_temperature, scale
+from ivon_kernels.report.labels import report_labels
 from ivon_kernels.report.page import report
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "next_token",
     "predict",
     "report",
+    "report_labels",
     "scale",
     "sensitivity",
     "sweep_pruning",

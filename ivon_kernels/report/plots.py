@@ -28,6 +28,7 @@ LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MAX_TICKS = 16
 _FEW = 5  # examples in a bin, below which it says little
+_LEAST_SCORE = 1e-12  # a logarithm needs one
 _FIFTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 _KINDS = {"lora_A": BLUE, "lora_B": ORANGE, "weights": GREEN}
 
@@ -192,6 +193,33 @@ def risk_coverage(predictions: Tensor | Mapping[str, Tensor], labels: Tensor, ax
     ax.set(xlim=(0, 1), ylim=(max(0.0, lowest - 0.05), 1.01))
     ax.set(xlabel="coverage (share answered, surest first)", ylabel="accuracy on these")
     ax.legend(fontsize=8, frameon=False, loc="upper right")
+    ax.grid(alpha=0.2)
+    return ax
+
+
+def label_map(
+    scores: Tensor, probabilities: Tensor, labels: Tensor, ax: Axes | None = None, *, worst: int = 20
+) -> Axes:
+    """How doubtful each training example's label is, against the probability that it has when left out.
+
+    Args:
+        scores: `[N]`, not negative, such as the sensitivities; drawn by their logarithms.
+        probabilities: `[N, C]`, of the left-out examples.
+        labels: int `[N]`; examples with the label -100, which stands for none, are left out.
+        ax: where to draw; None makes a new figure.
+        worst: how many of the largest scores are marked.
+    """
+    ax = new_axes(ax)
+    known = labels >= 0
+    scores, own = scores[known].double(), probabilities[known].gather(1, labels[known, None])[:, 0]
+    marked = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    marked[scores.argsort(descending=True, stable=True)[:worst]] = True
+    for chosen, color, marker, name in ((~marked, BLUE, "o", "others"), (marked, ORANGE, "D", f"worst {worst}")):
+        x, y = own[chosen].tolist(), scores[chosen].clamp(min=_LEAST_SCORE).tolist()
+        ax.scatter(x, y, 14, color=color, marker=marker, alpha=0.6, linewidths=0, label=name)
+    ax.set_yscale("log")
+    ax.set(xlim=(-0.02, 1.02), xticks=_FIFTHS, xlabel="probability of its label, left out", ylabel="score")
+    ax.legend(fontsize=8, frameon=False, loc="lower left")
     ax.grid(alpha=0.2)
     return ax
 

@@ -98,6 +98,15 @@ def test_a_group_without_answers_is_drawn_empty(ax: Axes) -> None:
     assert legend(ax)[1] == "wrong: 0"
 
 
+def test_label_map_marks_the_worst(ax: Axes) -> None:
+    scores = torch.tensor([0.5, 3.0, 0.0, 1.0, 9.0, 2.0])
+    plots.label_map(scores, SIX, torch.tensor([0, 1, 1, 0, -100, 0]), ax, worst=2)
+    others, worst = ([tuple(point) for point in dots.get_offsets().tolist()] for dots in ax.collections)
+    assert worst == [(pytest.approx(0.05), 3.0), (pytest.approx(0.35), 2.0)]  # without a label there is no doubt
+    assert others == [(0.95, 0.5), (0.65, plots._LEAST_SCORE), (0.35, 1.0)]
+    assert legend(ax) == ["others", "worst 2"] and ax.get_yscale() == "log"
+
+
 def test_risk_coverage_of_several_predictions(ax: Axes) -> None:
     flat = torch.full((6, 2), 0.5)
     plots.risk_coverage({"ours": SIX, "flat": flat}, LABELS, ax)

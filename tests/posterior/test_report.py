@@ -12,6 +12,7 @@ import torch
 from ivon_kernels.posterior import Gaussian
 from ivon_kernels.predict.metrics import evaluate, vote_entropy
 from ivon_kernels.predict.prediction import Prediction
+from ivon_kernels.report.labels import report_labels
 from ivon_kernels.report.page import report
 
 LABELS = torch.tensor([0, 1, 2, 1, 0, 2])
@@ -76,4 +77,41 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         report(tmp_path, {})
     with pytest.raises(ValueError, match=r"shape \[6\]"):
         report(tmp_path, {"mean": prediction(1)}, LABELS[:4])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_most_doubtful_labels_come_first(tmp_path: Path) -> None:
+    labels = torch.tensor([0, 1, 2, 1, -100, 2])
+    left_out = prediction(3, labels)
+    scores = torch.tensor([0.1, 4.0, 0.5, 2.0, 9.0, 0.0])
+    names = ["zero", "one", "two"]
+    examples = ["a", "b | c", "c", "d " * 100, "e", "f"]
+    page = report_labels(tmp_path / "new", scores, left_out, examples, classes=names, votes=VOTES, worst=3)
+    assert page == tmp_path / "new" / "labels.md" and linked(page) == ["labels.png"]
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["| 1", "| 2", "| 3"]
+    assert [row[-2] for row in rows] == ["4", "2", "0.5"]  # the largest score belongs to an example without a label
+    assert rows[0][1] == r"b \| c" and rows[1][1].endswith("…") and len(rows[1][1]) == 120
+    assert [row[-1] for row in rows] == ["4 of 4 |", "3 of 4 |", "2 of 4 |"]
+    p = left_out.probabilities[1]
+    other = 0 if p[0] > p[2] else 2
+    assert rows[0][2:5] == ["one", f"{p[1]:.3f}", names[other]]
+    bare = report_labels(tmp_path, scores, left_out, examples)
+    assert "votes" not in bare.read_text() and len(re.findall(r"^\| \d", bare.read_text(), re.MULTILINE)) == 5
+
+
+def test_doubtful_labels_of_other_examples_are_refused(tmp_path: Path) -> None:
+    scores, examples, few = torch.rand(6), list("abcdef"), VOTES[1:]
+    for call, message in (
+        (lambda: report_labels(tmp_path, scores, prediction(3), examples), "has no labels"),
+        (lambda: report_labels(tmp_path, scores[1:], prediction(3, LABELS), examples), "of the 6 examples"),
+        (lambda: report_labels(tmp_path, scores, prediction(3, LABELS), examples[1:]), "of the 6 examples"),
+        (
+            lambda: report_labels(tmp_path, scores, prediction(3, LABELS), examples, votes=few),
+            "of the 6 examples",
+        ),
+        (lambda: report_labels(tmp_path, scores, prediction(3, LABELS), examples, classes=["a"]), "name the 3 classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
     assert not list(tmp_path.iterdir())

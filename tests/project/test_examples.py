@@ -24,6 +24,7 @@ EXPECTED: dict[str, tuple[str, float | None]] = {
     "accelerate_loop.py": (r"accuracy 0\.9\d\d", None),
     "amp_loop.py": (r"loss 0\.[0-4]\d\d at the mean, \d+ steps skipped", None),
     "ddp.py": (r"2 ranks, accuracy at the mean (0\.9\d|1\.00)", None),
+    "find_wrong_labels.py": (r"20% flipped, by sensitivity: AUROC 0\.7[5-9]\d, precision 0\.(4[5-9]|5\d)", None),
     "fsdp.py": (r"2 ranks, loss on the first one's share 0\.0\d\d\d", None),
     "lightning_trainer.py": (r"accuracy 0\.9\d\d", None),
     "qlora.py": (r"loss [0-3]\.\d\d\d", None),
