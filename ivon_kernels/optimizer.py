@@ -391,8 +391,8 @@ class IVON(Optimizer):
 
         Args:
             train: Whether the block's gradients go into the next step.
-            sample: Evaluation sample to replay, in ``[0, 65536)``: the same noise at any time and on any device. None
-                takes the next one of a counter that starts at 0; with ``train=True``, fresh noise. With ``train=True``
+            sample: Evaluation sample to replay, as :func:`ivon_kernels.noise.check_sample` takes it: the same noise at any
+                time and on any device. None takes the next one of a counter that starts at 0; with ``train=True``, fresh noise. With ``train=True``
                 and a number, the step trains under the sample that, say, rollouts were generated with.
 
         Raises:
@@ -469,7 +469,7 @@ class IVON(Optimizer):
         Parameters that were unfrozen since it was drawn become a part of it.
 
         Args:
-            sample: Take the noise of this evaluation sample, in ``[0, 65536)``, instead of fresh noise: the step trains
+            sample: Take the noise of this evaluation sample instead of fresh noise: the step trains
                 under the sample that ``sampled_params(sample=...)`` held, while rollouts were generated, say.
 
         Raises:

@@ -238,6 +238,41 @@ def test_blocks_come_in_every_order() -> None:
     assert len(orders) == 3
 
 
+COUNTED = """
+    ld.global.b32 %r7, [%d2];
+    setp.ne.u32 %p1, %r0, 0;
+    mov.u32 %r4, %nctaid.x;
+    sub.u32 %r4, %r4, 1;
+    mov.u32 %r6, 0;
+    {barrier}
+    @!%p1 atom.global.gpu.acq_rel.add.u32 %r6, [%d1], 1;
+    @%p1 bra done;
+    setp.ne.u32 %p2, %r6, %r4;
+    @%p2 bra done;
+    st.global.u32 [%d2], 1000;
+done:
+"""
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_races_in_global_memory(seed: int | None) -> None:
+    """What all threads of all blocks read may be written by the last block once each has said that it is done."""
+    count, word = torch.zeros(2, 1, dtype=torch.int32)
+    run(COUNTED.format(barrier="bar.sync 0;"), count, word, grid=9, seed=seed)
+    assert word.item() == 1000
+    # One that is volatile may be old, which is known to whoever writes it so.
+    peeked = "ld.volatile.global.b32 %r7, [%d1]; atom.global.gpu.acq_rel.add.u32 %r6, [%d1], 1;"
+    run(peeked, torch.zeros(1, dtype=torch.int32), word, grid=9, seed=seed)
+    wrong = {
+        "a block is counted before its second warp has read": COUNTED.format(barrier=""),
+        "all write, in any order": "st.global.u32 [%d2], 1000;",
+        "a counter that is read besides": "ld.global.b32 %r7, [%d1]; atom.global.gpu.acq_rel.add.u32 %r6, [%d1], 1;",
+    }
+    for body in wrong.values():
+        with pytest.raises(PtxError, match="a race in global memory"):
+            run(body, torch.zeros(1, dtype=torch.int32), word, grid=9, seed=seed)
+
+
 def test_matrix_products() -> None:
     """``ldmatrix`` brings a matrix to the places where ``mma`` wants it, `second` is stored as its transpose."""
     left, right = (torch.randn(rows, 16, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (16, 8))

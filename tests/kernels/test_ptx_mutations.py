@@ -153,7 +153,8 @@ def test_cuda_without_a_fault_nothing_is_found() -> None:
 @needs_nvcc
 @pytest.mark.parametrize("number", [0, 2])
 def test_cuda_barrier(number: int) -> None:
-    """Without the second, a step's block may be counted before its last warp has read: no order here shows that."""
+    """Without the second nothing is wrong: a block is counted before its last warp has ended, but what the last block
+    writes was read by the thread that counts, and is for the next launch."""
     assert found(on_cuda(PtxCudaBackend(edit=without_barrier(number))))
 
 

@@ -29,9 +29,9 @@ def evaluation_weights(optimizer: IVON, params: list[nn.Parameter], sample: int 
 def test_evaluation_samples_are_replayable_by_index(backend: str) -> None:
     optimizer, params = fresh(backend)
     train(optimizer, params, 2)
-    first = {k: evaluation_weights(optimizer, params, k) for k in (0, 5, 2**16 - 1)}
+    first = {k: evaluation_weights(optimizer, params, k) for k in (0, 5, 2**17 - 1)}
     evaluation_weights(optimizer, params, None)
-    for k in (5, 2**16 - 1, 0):
+    for k in (5, 2**17 - 1, 0):
         assert torch.equal(evaluation_weights(optimizer, params, k), first[k])
         expected = torch.cat([w.flatten() for w in sample_of(optimizer, noise.EVAL_STEP, k)])
         torch.testing.assert_close(first[k].double(), expected, rtol=1e-6, atol=1e-6)

@@ -255,6 +255,7 @@ class Access:
         self.extra = sorted(m for m in rest if not m.startswith(("L1_", "L2_")))
         if self.kind not in _PENDING_TYPES or self.space not in ("global", "shared", "param"):
             raise PtxError(f"an unknown instruction: {instruction.name}")
+        self.strong = bool({"volatile", "relaxed", "acquire", "release"} & set(modifiers))
         self.size = size_of(self.kind)
         self.unsigned = f"u{8 * self.size}"
         self.mask = mask_of(instruction)
@@ -263,7 +264,7 @@ class Access:
     def load(self, lanes: Lanes, at: Array, part: Any) -> list[Array]:
         """From the addresses `at` of the threads `part`."""
         if self.space == "global":
-            return lanes.launch.memory.load(at, self.size, self.count)
+            return lanes.launch.memory.load(at, self.size, self.count, lanes.who(part, self.strong))
         if self.space == "param":
             return lanes.launch.parameters.load(at, self.size, self.count)
         return lanes.shared.load(lanes.blocks[part], lanes.warps[part], at, self.size, self.count)
@@ -334,7 +335,7 @@ def _store(entry: Entry, instruction: Instruction) -> Run:
             return
         values = [np.broadcast_to(get(lanes), (lanes.count,))[part] for get in gets]
         if access.space == "global":
-            lanes.launch.memory.store(at, values)
+            lanes.launch.memory.store(at, values, lanes.who(part, access.strong))
         else:
             lanes.shared.store(lanes.blocks[part], lanes.warps[part], at, values)
 
@@ -374,7 +375,7 @@ def _atomic(entry: Entry, instruction: Instruction) -> Run:
         addresses = access.address(lanes)
         values = [np.broadcast_to(get(lanes), (lanes.count,)) for get in gets]
         for lane in lanes.launch.order.permutation(part):
-            cell = lanes.launch.memory.cell(int(addresses[lane]), dtype)
+            cell = lanes.launch.memory.cell(int(addresses[lane]), dtype, lanes.who(slice(lane, lane + 1)))
             result[lane] = cell[0]
             cell[0] = change(cell[0], *(value[lane] for value in values))
         put(lanes, result)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tests.support.ptx.arithmetic import DTYPES
 from tests.support.ptx.memory import Global, Parameters, Shared
+from tests.support.ptx.order import Who
 from tests.support.ptx.text import Entry, Immediate, Instruction, Operand, PtxError, Register, Symbol, size_of
 
 Array = NDArray[Any]
@@ -49,11 +50,13 @@ class Lanes:
         self.warp_numbers = self.blocks * (-(-threads // WARP)) + self.warps
         self.block_ids = block_ids[self.blocks]
         self.block_threads = threads
+        self.epochs = np.zeros(block_ids.size, dtype=np.int64)  # barriers that each block has passed
 
     def part(self, numbers: Array, values: dict[str, Array]) -> Lanes:
         """Some of the threads, with registers of their own."""
         lanes = object.__new__(Lanes)
         lanes.launch, lanes.shared, lanes.copies, lanes.assigned = self.launch, self.shared, self.copies, self.assigned
+        lanes.epochs = self.epochs
         lanes.values, lanes.numbers, lanes.count, lanes.block_threads = (
             values,
             numbers,
@@ -63,6 +66,10 @@ class Lanes:
         for name in ("blocks", "threads", "warps", "warp_numbers", "block_ids"):
             setattr(lanes, name, getattr(self, name)[numbers])
         return lanes
+
+    def who(self, part: Any, strong: bool = False) -> Who:
+        """The threads at these places, for memory that all blocks share."""
+        return Who(self.block_ids[part], self.warps[part], self.epochs[self.blocks[part]], strong)
 
     def places(self, numbers: Array) -> Array:
         """Where threads are among these.

@@ -154,6 +154,7 @@ class Program:
             seed: Of a random order; without one all resident blocks go in step.
         """
         order = np.random.default_rng(seed)
+        memory.watch(grid)
         launch = Launch(self.entry, grid, Parameters(arguments), memory, order)
         numbers = np.arange(grid) if seed is None else order.permutation(grid)
         size = shared + max((v.offset + v.size for v in self.entry.shared.values()), default=0)
@@ -277,6 +278,7 @@ class _Wave:
         complete = blocks[(self._arrived[blocks] == self._alive[blocks]) & (self._arrived[blocks] > 0)]
         if complete.size:
             self._lanes.shared.barrier(complete)
+            self._lanes.epochs[complete] += 1
             self._arrived[complete] = 0
             waiting = np.isin(self._lanes.blocks, complete) & (self._at >= _WAITING) & (self._at < _GONE)
             self._at[waiting] -= _WAITING

@@ -223,9 +223,9 @@ def _copy(entry: Entry, instruction: Instruction) -> Run:
         words = [np.zeros(part.size, dtype=np.uint32) for _ in range(size.bits // 4)]
         full = np.flatnonzero(read)
         if full.size:
-            for word, value in zip(
-                words, lanes.launch.memory.load(source(lanes)[part[full]], 4, size.bits // 4), strict=True
-            ):
+            who = lanes.who(part[full])
+            loaded = lanes.launch.memory.load(source(lanes)[part[full]], 4, size.bits // 4, who)
+            for word, value in zip(words, loaded, strict=True):
                 word[full] = value
         at = lanes.shared.store(lanes.blocks[part], lanes.warps[part], to(lanes)[part], words)
         lanes.shared.forget(at, size.bits)

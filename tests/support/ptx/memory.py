@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tests.support.ptx.order import Order, Who
 from tests.support.ptx.text import PtxError
 
 Array = NDArray[np.generic]
@@ -77,6 +78,11 @@ class Global:
         self._ends = np.array([span.begin + span.size for span in kept], dtype=np.int64)
         self._written = {i: np.zeros(span.size, dtype=bool) for i, span in enumerate(kept) if not span.written}
         self._read_only = np.array([span.read_only for span in kept], dtype=bool)
+        self._order: Order | None = None
+
+    def watch(self, blocks: int) -> None:
+        """Look for races among so many blocks from now on."""
+        self._order = Order(self._begins, self._ends, blocks)
 
     def find(self, addresses: Lanes, size: int) -> Lanes:
         """The number of the span of each access of `size` bytes.
@@ -96,9 +102,11 @@ class Global:
             raise PtxError(f"{size} bytes at {worst:#x} are outside of every allocation{self._near(worst)}")
         return found
 
-    def load(self, addresses: Lanes, size: int, count: int) -> list[Array]:
+    def load(self, addresses: Lanes, size: int, count: int, who: Who) -> list[Array]:
         """`count` neighbouring values of `size` bytes from each address."""
         found = self.find(addresses, size * count)
+        if self._order is not None:
+            self._order.access(found, addresses, size * count, who, 0)
         for number, written in self._written.items():
             places = self._places(number, addresses[found == number], size * count)
             if not written[places].all():
@@ -107,22 +115,24 @@ class Global:
         index = (addresses - _LOWEST) // size
         return [_PROCESS[size][index + i] for i in range(count)]
 
-    def store(self, addresses: Lanes, values: list[Array]) -> None:
+    def store(self, addresses: Lanes, values: list[Array], who: Who) -> None:
         """Neighbouring values at each address."""
         size = values[0].itemsize
-        self._mark(addresses, size * len(values))
+        self._mark(addresses, size * len(values), who, 1)
         index = (addresses - _LOWEST) // size
         for i, value in enumerate(values):
             _PROCESS[size][index + i] = value.view(f"u{size}")
 
-    def cell(self, address: int, dtype: np.dtype[np.generic]) -> Array:
+    def cell(self, address: int, dtype: np.dtype[np.generic], who: Who) -> Array:
         """One value in place, for an atomic operation."""
-        self._mark(np.array([address]), dtype.itemsize)
+        self._mark(np.array([address]), dtype.itemsize, who, 2)
         at = (address - _LOWEST) // dtype.itemsize
         return _PROCESS[dtype.itemsize][at : at + 1].view(dtype)
 
-    def _mark(self, addresses: Lanes, size: int) -> None:
+    def _mark(self, addresses: Lanes, size: int, who: Who, kind: int) -> None:
         found = self.find(addresses, size)
+        if self._order is not None:
+            self._order.access(found, addresses, size, who, kind)
         if self._read_only[found].any():
             raise PtxError(f"a store to {self.spans[int(found[self._read_only[found]][0])].name}, which is read only")
         for number, written in self._written.items():
