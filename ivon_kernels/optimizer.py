@@ -391,9 +391,10 @@ class IVON(Optimizer):
 
         Args:
             train: Whether the block's gradients go into the next step.
-            sample: Evaluation sample to replay, as :func:`ivon_kernels.noise.check_sample` takes it: the same noise at any
-                time and on any device. None takes the next one of a counter that starts at 0; with ``train=True``, fresh noise. With ``train=True``
-                and a number, the step trains under the sample that, say, rollouts were generated with.
+            sample: Evaluation sample to replay (numbers: :func:`ivon_kernels.noise.check_sample`): the same noise at
+                any time and on any device. None takes the next one of a counter that starts at 0; with ``train=True``,
+                fresh noise. With ``train=True`` and a number, the step trains under the sample that, say, rollouts were
+                generated with.
 
         Raises:
             ValueError: If `sample` is out of range.
