@@ -14,6 +14,8 @@ from ivon_kernels.posterior.file import PosteriorFileError
 from ivon_kernels.posterior.merging import merge
 from ivon_kernels.posterior.posterior import Posterior
 from ivon_kernels.posterior.sweeps import Sweep, sweep_pruning, sweep_temperature
+from ivon_kernels.predict.abstaining import Threshold
+from ivon_kernels.predict.conformal import ConformalSets
 from ivon_kernels.predict.generation import AveragedGeneration, generate, generate_averaged
 from ivon_kernels.predict.left_out import leave_one_out, sensitivity
 from ivon_kernels.predict.metrics import Scores, evaluate
@@ -25,6 +27,7 @@ from ivon_kernels.report.page import report
 
 __all__ = [
     "AveragedGeneration",
+    "ConformalSets",
     "Gaussian",
     "Gaussians",
     "Posterior",
@@ -32,6 +35,7 @@ __all__ = [
     "Prediction",
     "Scores",
     "Sweep",
+    "Threshold",
     "choices",
     "class_logits",
     "encode_choices",

@@ -118,9 +118,20 @@ def risk_coverage(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
         ValueError: a shape, a range or a sum is wrong.
     """
     probabilities, labels = checked(probabilities, labels)
-    _, wrong = _surest_first(probabilities, labels)
-    answered = torch.arange(1, len(labels) + 1, dtype=torch.float64, device=labels.device)
-    return answered / len(labels), wrong.cumsum(0) / answered
+    confidence, predicted = probabilities.max(1)
+    return selective_risk(confidence, predicted != labels)
+
+
+def selective_risk(certainty: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+    """The risk-coverage curve by any certainty: see `risk_coverage`, which has it by confidence.
+
+    Args:
+        certainty: float64 `[N]`, the larger the surer.
+        wrong: bool `[N]`.
+    """
+    _, errors = _surest_first(certainty, wrong)
+    answered = torch.arange(1, len(errors) + 1, dtype=torch.float64, device=errors.device)
+    return answered / len(errors), errors.cumsum(0) / answered
 
 
 def adaptive_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
@@ -144,7 +155,8 @@ def adaptive_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     import numpy as np
 
     probabilities, labels = checked(probabilities, labels)
-    confidence, wrong = _surest_first(probabilities, labels)
+    confidence, predicted = probabilities.max(1)
+    confidence, wrong = _surest_first(confidence, predicted != labels)
     gaps = np.array_split((confidence - (1 - wrong)).numpy(), min(bins, len(labels)))
     return float(sum(abs(part.sum()) for part in gaps) / len(labels))
 
@@ -213,12 +225,10 @@ def checked_labels(labels: Tensor, rows: int, classes: int) -> Tensor:
     return labels.long()
 
 
-def _surest_first(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Confidences, float64 `[N]`, the largest first, and how wrong each answer is: the mean of those as confident."""
-    confidence, predicted = probabilities.max(1)
-    wrong = (predicted != labels).double()
-    levels, group, sizes = torch.unique(-confidence, return_inverse=True, return_counts=True)
-    errors = torch.zeros(len(sizes), dtype=torch.float64, device=wrong.device).index_add_(0, group, wrong)
+def _surest_first(certainty: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+    """Certainties, float64 `[N]`, the largest first, and how wrong each answer is: the mean of those as certain."""
+    levels, group, sizes = torch.unique(-certainty, return_inverse=True, return_counts=True)
+    errors = torch.zeros(len(sizes), dtype=torch.float64, device=wrong.device).index_add_(0, group, wrong.double())
     return -levels.repeat_interleave(sizes), (errors / sizes).repeat_interleave(sizes)
 
 

@@ -15,7 +15,9 @@ from tqdm.auto import tqdm
 from ivon_kernels.facts import as_html, as_line
 from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.lora import CannotStackError
+from ivon_kernels.predict.abstaining import By, Threshold, certainty_of, find_threshold
 from ivon_kernels.predict.batches import Labelled, batches_of, cut, sample_numbers, split_labels, to_device
+from ivon_kernels.predict.conformal import ConformalSets, Method, fit_sets
 from ivon_kernels.predict.metrics import Scores, evaluate
 from ivon_kernels.predict.passes import Sampler, device_of, evaluating
 from ivon_kernels.predict.scoring import Score, class_logits
@@ -122,6 +124,52 @@ class Prediction:
         """
         labels, known = self._right(labels, "a temperature is fitted to")
         return fit_temperature(self.probabilities[known].log(), labels[known])
+
+    def certainty(self, by: By = "confidence") -> Tensor:
+        """The larger, the surer: `confidence`, or minus `entropy` or `mutual_information`, float64 ``[N]``."""
+        return certainty_of(by, self.confidence, self.entropy, self.mutual_information)
+
+    def threshold(
+        self, labels: Tensor | None = None, *, risk: float = 0.05, delta: float | None = 0.1, by: By = "confidence"
+    ) -> Threshold:
+        """From which certainty on to answer, of a prediction of a labelled split: :func:`.find_threshold`.
+
+        ``str()`` of it says what it promises; :meth:`answered` applies it to another prediction.
+
+        Args:
+            labels: As for :meth:`scores`.
+            risk: The share of wrong answers among those given, in (0, 1).
+            delta: How likely that may fail, over the draw of the split. None: the share on the split itself is at most
+                `risk`, and nothing is promised for other examples.
+            by: What certainty is, see :meth:`certainty`.
+
+        Raises:
+            ValueError: If there are no labels, or an argument is out of range.
+            ModuleNotFoundError: If the extra `report` is not installed.
+        """
+        labels, known = self._right(labels, "a threshold is found with")
+        wrong = (self.predicted != labels)[known]
+        return find_threshold(self.certainty(by)[known], wrong, by=by, risk=risk, delta=delta)
+
+    def answered(self, threshold: Threshold) -> Tensor:
+        """Which examples are sure enough to be answered, bool ``[N]``."""
+        return self.certainty(threshold.by) > threshold.value
+
+    def conformal(
+        self, labels: Tensor | None = None, *, coverage: float = 0.9, method: Method = "split"
+    ) -> ConformalSets:
+        """Sets of classes that hold the right one that often, of a prediction of a labelled split: :func:`.fit_sets`.
+
+        Args:
+            labels: As for :meth:`scores`.
+            coverage: How often, in (0, 1), for examples exchangeable with those of the split.
+            method: `split`: the smallest sets on average; `aps`: sets that are never empty and grow with the doubt.
+
+        Raises:
+            ValueError: If there are no labels, or an argument is out of range.
+        """
+        labels, known = self._right(labels, "conformal sets are found with")
+        return fit_sets(self.probabilities[known], labels[known], coverage=coverage, method=method)
 
     def _right(self, labels: Tensor | None, what: str) -> tuple[Tensor, Tensor]:
         """The right classes on the CPU, and which examples have one, bool ``[N]``."""

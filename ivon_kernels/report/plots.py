@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ivon_kernels.extras import REPORT, needed_for
 from ivon_kernels.predict import metrics
+from ivon_kernels.predict.abstaining import Threshold
+from ivon_kernels.predict.prediction import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -220,6 +222,49 @@ def label_map(
     ax.set_yscale("log")
     ax.set(xlim=(-0.02, 1.02), xticks=_FIFTHS, xlabel="probability of its label, left out", ylabel="score")
     ax.legend(fontsize=8, frameon=False, loc="lower left")
+    ax.grid(alpha=0.2)
+    return ax
+
+
+def abstaining(
+    prediction: Prediction, labels: Tensor, thresholds: Mapping[str, Threshold], ax: Axes | None = None
+) -> Axes:
+    """The share of wrong answers against the share of examples that are answered, and where each threshold stops.
+
+    Args:
+        prediction: of examples that the thresholds were not found on.
+        labels: int `[N]`.
+        thresholds: by name, from `Prediction.threshold`; a curve each, by what it judges answers by.
+        ax: where to draw; None makes a new figure.
+
+    Raises:
+        ValueError: no threshold, or the labels do not fit.
+    """
+    if not thresholds:
+        raise ValueError("abstaining() draws thresholds, by name: {'confidence': prediction.threshold(risk=0.05)}.")
+    ax = new_axes(ax)
+    wrong = prediction.predicted != metrics.checked_labels(labels, *prediction.probabilities.shape)
+    top = 0.0
+    for number, (name, threshold) in enumerate(thresholds.items()):
+        coverage, risk = metrics.selective_risk(prediction.certainty(threshold.by), wrong)
+        color, line = SERIES[number % len(SERIES)], LINES[number % len(LINES)]
+        ax.plot(coverage.tolist(), risk.tolist(), color=color, linestyle=line, linewidth=1.8, label=name)
+        ax.axhline(threshold.risk, color="0.45", linewidth=1, linestyle=":", zorder=0)
+        answered = prediction.answered(threshold)
+        if answered.any():
+            share, errors = answered.double().mean().item(), wrong[answered].double().mean().item()
+            ax.plot([share], [errors], "o", color=color, markersize=7, clip_on=False, zorder=3)
+            ax.annotate(
+                f"{share:.0%} answered, {errors:.1%} wrong",
+                (share, errors),
+                (6, -12),
+                fontsize=8,
+                textcoords="offset points",
+                ha="right" if share > 0.6 else "left",
+            )
+        top = max(top, risk[coverage >= 0.1].max().item(), threshold.risk)  # the first few are all or nothing
+    ax.set(xlim=(0, 1), ylim=(0, 1.15 * top), xlabel="coverage (share answered, surest first)", ylabel="wrong of these")
+    ax.legend(fontsize=8, frameon=False, loc="upper left")
     ax.grid(alpha=0.2)
     return ax
 
