@@ -129,7 +129,7 @@ def save_sample(posterior: Gaussians, sample: int, source: Path | None, target: 
     folder = source / f"sample_{sample}" if target is None else Path(target)
     if (folder / FILE).exists():
         raise ValueError(f"{folder} holds a posterior and its mean: write the sample into another folder")
-    _write_weights(posterior.draw(sample), posterior.origin, source, folder)
+    write_weights(posterior.draw(sample), posterior.origin, source, folder)
     return folder
 
 
@@ -139,11 +139,11 @@ def save_with_mean(posterior: Gaussians, source: Path | None, target: Path) -> N
         raise ValueError("this posterior has no folder yet: say whose weights its mean shall replace (source=...)")
     if (target / FILE).exists():
         raise ValueError(f"{target} holds a posterior already: write this one into another folder")
-    _write_weights(posterior.mean, posterior.origin, source, target)
+    write_weights(posterior.mean, posterior.origin, source, target)
     save(posterior, target)
 
 
-def _write_weights(weights: Mapping[str, Tensor], origin: Origin, source: Path, target: Path) -> None:
+def write_weights(weights: Mapping[str, Tensor], origin: Origin, source: Path, target: Path) -> None:
     """Write the saved weights of `source` to `target`, those by these names replaced, in the dtypes that they have."""
     files = weight_files(source)
     if not files:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from ivon_kernels.gaussians.adapters import NO_ORIGIN, Origin
 from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.noise import check_sample
-from ivon_kernels.posterior import checkpoints, file, hub
+from ivon_kernels.posterior import checkpoints, exporting, file, hub
 from ivon_kernels.predict import generation, left_out, prediction
 from ivon_kernels.report import page
 
@@ -210,3 +210,25 @@ class Posterior(Gaussians):
         """
         check_sample(sample)
         return file.save_sample(self, sample, self.folder, folder)
+
+    def export(self, folder: str | Path, samples: int | Sequence[int] = 8, *, source: str | Path | None = None) -> Path:
+        """Write the mean and samples as PEFT adapters with a manifest, for a server that holds several adapters.
+
+        The folder gets ``mean``, ``sample_0``, ... and ``ivon_samples.json``, which has for each of them the fields
+        ``name``, ``path`` (relative to the folder) and ``base_model_name`` that vLLM's ``--lora-modules`` takes, and
+        the number of the sample. :mod:`ivon_kernels.integrations.serving` averages over what is served.
+
+        Args:
+            folder: Where to write; made if it is not there.
+            samples: How many, or their numbers (:func:`ivon_kernels.noise.antithetic`); 0 writes the mean alone.
+            source: Whose saved adapter, configuration and tokenizer are written with other values. None: the
+                posterior's own folder.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ValueError: If there is no source, or it holds no adapter.
+            PosteriorFileError: If the adapter there does not fit this posterior.
+        """
+        return exporting.export(self, self.folder if source is None else Path(source), Path(folder), samples)
