@@ -100,11 +100,12 @@ class IVONFactory:
     applies to every weight.
     """
 
-    def __call__(self, model: nn.Module, **options: Any) -> IVON:
+    def __call__(self, model: nn.Module, args: TrainingArguments | None = None, /, **options: Any) -> IVON:
         """Make the optimizer of a model.
 
         Args:
             model: The model, on its device and with its adapters.
+            args: Not used; Axolotl's trainers pass them to every factory.
             **options: Arguments of :class:`IVON`; with ``num_data`` or another of the recipe's, those of
                 :meth:`IVON.for_lora`.
 
@@ -159,7 +160,7 @@ class _OfTrainer(IVONFactory):
     def __init__(self, trainer: Callable[[], Trainer | None]) -> None:
         self._trainer = trainer  # a weak reference: the trainer keeps the factory
 
-    def __call__(self, model: nn.Module, **options: Any) -> IVON:
+    def __call__(self, model: nn.Module, args: TrainingArguments | None = None, /, **options: Any) -> IVON:
         """As that of :class:`IVONFactory`."""
         trainer = self._trainer()
         known: dict[str, Any] = {} if trainer is None else _known(trainer, options.get("num_data"))
