@@ -52,6 +52,8 @@ class IVONLM(HFLM):  # type: ignore[misc] # lm_eval has no types
         ValueError: For options that do not go together.
     """
 
+    _model: Any  # HFLM's, a model of Transformers
+
     def __init__(
         self,
         pretrained: Any,
