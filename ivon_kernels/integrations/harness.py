@@ -73,7 +73,7 @@ class IVONLM(HFLM):  # type: ignore[misc] # lm_eval has no types
         super().__init__(pretrained, batch_size=batch_size, **options)
         if isinstance(pretrained, str):
             # Not by HFLM's peft=..., which cuts the vocabulary down to the tokenizer's: that changes every probability.
-            self._model = PeftModel.from_pretrained(self._model, str(self.posterior.folder)).eval()
+            self._model = PeftModel.from_pretrained(self.model, str(self.posterior.folder)).eval()
 
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = False, override_bs: int | None = None

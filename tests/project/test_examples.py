@@ -22,6 +22,7 @@ EXAMPLES = ROOT / "examples"
 # fall to (at most); None: the numbers do not matter.
 EXPECTED: dict[str, tuple[str, float | None]] = {
     "accelerate_loop.py": (r"accuracy 0\.9\d\d", None),
+    "active_learning.py": (r"accuracy with 100 labels, by chance and by doubt ([\d.]+) -> ([\d.]+)", 1.03),
     "amp_loop.py": (r"loss 0\.[0-4]\d\d at the mean, \d+ steps skipped", None),
     "ddp.py": (r"2 ranks, accuracy at the mean (0\.9\d|1\.00)", None),
     "find_wrong_labels.py": (r"20% flipped, by sensitivity: AUROC 0\.7[5-9]\d, precision 0\.(4[5-9]|5\d)", None),
@@ -31,6 +32,7 @@ EXPECTED: dict[str, tuple[str, float | None]] = {
     "rl_loop.py": (r"reward ([\d.]+) -> ([\d.]+)", 2.0),
     "transformers_trainer.py": (r"loss ([\d.]+) -> ([\d.]+)", 0.7),
     "trl_grpo.py": (r"reward ([\d.]+) -> ([\d.]+)", 1.5),
+    "trl_reward.py": (r"reward \(lower bound\): [\d.]+ \([\d.]+\), -[\d.]+ \(-[\d.]+\), \S+ \(\S+\)", None),
     "trl_sft.py": (r"a b c d with probability (0\.[5-9]\d|1\.00)", None),
 }
 ON_TWO_RANKS = ("ddp.py", "fsdp.py")
