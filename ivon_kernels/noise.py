@@ -266,7 +266,7 @@ def normals_at(elements: Tensor, *, seed: int, step: int, sample: int = 0, repli
 
     Args:
         elements: int64 ``[n]``, indices in the unsharded tensor's row-major order, each in ``[0, 2^42)``.
-        seed, step, sample, replica, param: As in :func:`normals`.
+        seed: As in :func:`normals`, and so `step`, `sample`, `replica` and `param`.
 
     Returns:
         float32 ``[n]`` on the device of `elements`.

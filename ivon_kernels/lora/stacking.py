@@ -61,9 +61,8 @@ def stack(
         ValueError: If the posterior does not fit the model, the model cannot be stacked (it is compiled, or a weight
             belongs to a module without a batch to divide), or `samples` or `backend` is none.
         RuntimeError: If samples are stacked in the model already, or the adapter is merged, disabled or not active.
-
-        In a pass, :class:`CannotStackError`, a ValueError, if something computes with a stacked weight outside of the
-        module that runs with its samples, or a module's batch cannot be divided.
+        CannotStackError: In a pass, if something computes with a stacked weight outside of the module that runs with
+            its samples, or a module's batch cannot be divided. It is a ValueError.
     """
     return Stack(model, posterior, samples, adapter=adapter, backend=backend)
 
