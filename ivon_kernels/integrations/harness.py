@@ -128,10 +128,10 @@ class _Batch:
     def __init__(self, pairs: Sequence[Sequence[list[int]]], max_length: int, device: torch.device) -> None:
         rows = [(context + continuation)[-(max_length + 1) :] for context, continuation in pairs]
         length = max(map(len, rows))
-        whole = torch.zeros(len(rows), length, dtype=torch.int64)
+        whole = torch.zeros(len(rows), length, dtype=torch.int64, device="cpu")
         mask, answer = torch.zeros_like(whole), torch.zeros_like(whole, dtype=torch.bool)
         for i, (row, (_, continuation)) in enumerate(zip(rows, pairs, strict=True)):
-            whole[i, : len(row)] = torch.tensor(row)
+            whole[i, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
             mask[i, : len(row)] = 1
             answer[i, max(1, len(row) - len(continuation)) : len(row)] = True
         first = int(answer.any(0).int().argmax())
@@ -171,10 +171,11 @@ def calibration(results: Mapping[str, Any]) -> dict[str, Scores]:
     for task, samples in results["samples"].items():
         if kinds.get(task) == "multiple_choice" and (questions := list(_questions(samples))):
             width = max(len(logits) for logits, _ in questions)
-            table = torch.full((len(questions), width), -math.inf, dtype=torch.float64)
+            table = torch.full((len(questions), width), -math.inf, dtype=torch.float64, device="cpu")
             for row, (logits, _) in zip(table, questions, strict=True):
-                row[: len(logits)] = torch.tensor(logits, dtype=torch.float64)
-            found[task] = evaluate(table.softmax(1), torch.tensor([label for _, label in questions]))
+                row[: len(logits)] = torch.tensor(logits, dtype=torch.float64, device="cpu")
+            labels = torch.tensor([label for _, label in questions], dtype=torch.int64, device="cpu")
+            found[task] = evaluate(table.softmax(1), labels)
     return found
 
 
