@@ -25,10 +25,12 @@ __all__ = [
     "EVAL_STEP",
     "MAX_SAMPLES",
     "MIRROR",
+    "SIGNS",
     "Shard",
     "antithetic",
     "box_muller",
     "check_sample",
+    "in_pairs",
     "normals",
     "normals_at",
     "philox4x32",
@@ -51,7 +53,7 @@ _CHUNK = 2**20  # elements drawn at a time: bounds the int64 temporaries to some
 _MASK32 = 0xFFFFFFFF
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
-_SIGNS = 0xC0000000  # the bits of an angle's word that are the signs of its two normals
+SIGNS = 0xC0000000  # the bits of an angle's word that are the signs of its two normals
 
 # Minimax polynomials, lowest degree first, error below 6e-8: -2 ln(1 + f) / f in f; sin(pi t / 2) / (t sqrt 2) and
 # cos(pi t / 2) / sqrt 2 in t^2.
@@ -101,6 +103,11 @@ def antithetic(count: SupportsIndex) -> list[int]:
     """
     number = whole_number(count, "count", 1, 2 * MAX_SAMPLES + 1)
     return [*range((number + 1) // 2), *range(MIRROR, MIRROR + number // 2)]
+
+
+def in_pairs(position: int) -> int:
+    """Number of the sample at a position, counted from 0, where each is followed by its mirror image."""
+    return position // 2 + position % 2 * MIRROR
 
 
 class Shard(NamedTuple):
@@ -216,7 +223,7 @@ def _draw(block: Tensor, seed: int, step: int, sample: int, replica: int, param:
         dim=-1,
     )
     w0, w1, w2, w3 = philox4x32(counter, (seed & _MASK32, seed >> 32)).unbind(-1)
-    signs = _SIGNS if sample >= MIRROR else 0
+    signs = SIGNS if sample >= MIRROR else 0
     return torch.stack((*box_muller(w0, w1 ^ signs), *box_muller(w2, w3 ^ signs)), dim=-1)
 
 

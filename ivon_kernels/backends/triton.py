@@ -20,7 +20,7 @@ from ivon_kernels.backends.base import Draw, Guard, Launch
 from ivon_kernels.backends.device import DeviceBackend
 from ivon_kernels.backends.state import Arena, ParamState
 from ivon_kernels.backends.triton_launch import Kernel, Mirror, installed, interpreted, is_capturing
-from ivon_kernels.noise import MIRROR
+from ivon_kernels.noise import MIRROR, SIGNS
 
 _DTYPE_NAMES = ("float32", "bfloat16", "float16")
 _BLOCK = 1024  # elements at a time: 8 a thread ...
@@ -247,7 +247,7 @@ def signed(seed: int) -> int:
 
 def noise_of(sample: int, replica: int = 0) -> int:
     """Which noise of a step, as the kernels take it: csrc/philox.h has the same."""
-    signs = 0xC0000000 if sample >= MIRROR else 0
+    signs = SIGNS if sample >= MIRROR else 0
     return signed(signs << 32 | sample % MIRROR | replica << 16)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ivon_kernels.noise import MAX_SAMPLES, MIRROR
 from ivon_kernels.tree import map_tensors, tensors
@@ -96,6 +97,12 @@ def cut(batch: Labelled, rows: int) -> Iterator[Labelled]:
         here = slice(start, start + rows)
         labels = None if batch.labels is None else batch.labels[here]
         yield Labelled(map_tensors(operator.itemgetter(here), batch.inputs), labels, min(rows, batch.rows - start))
+
+
+def bar(what: str, total: int | None, progress: bool | None) -> tqdm[Any]:
+    """A bar over batches, gone when they are done; None hides it for one batch, and where there is no terminal."""
+    hidden = (total == 1 or None) if progress is None else not progress
+    return tqdm(total=total, desc=what, unit="batch", disable=hidden, leave=False)
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:

@@ -25,15 +25,14 @@ then all that is known of how far a weight may go. So the default takes the vari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ivon_kernels.gaussians.gaussians import Gaussians
-from ivon_kernels.predict.batches import batches_of, cut, sample_numbers, split_labels, to_device
+from ivon_kernels.predict.batches import bar, batches_of, cut, sample_numbers, split_labels, to_device
 from ivon_kernels.predict.influence import Influence
 from ivon_kernels.predict.metrics import checked_labels
 from ivon_kernels.predict.passes import device_of, evaluating
@@ -154,24 +153,27 @@ def leave_one_out(
     predictions: list[Prediction] = []
     rows: list[_Row] = []
     influence = Influence(posterior, model, num_data=num_data, adapter=adapter)
-    for batch in _shown("leave one out", inputs, progress):
-        # A list of one: a batch that is a list would be taken for a list of batches.
-        predicted = predict(
-            posterior,
-            model,
-            [batch],
-            samples=numbers or 0,
-            score=score,
-            stacked=stacked,
-            max_rows=max_rows,
-            keep_samples=True,
-            progress=False,
-            device=device,
-            adapter=adapter,
-            advise=False,
-        )
-        predictions.append(predicted)
-        rows += _at_mean(influence, model, batch, score, device, _logits_and_covariance)
+    batches, total = batches_of(inputs)
+    with bar("leave one out", total, progress) as shown:
+        for batch in batches:
+            # A list of one: a batch that is a list would be taken for a list of batches.
+            predicted = predict(
+                posterior,
+                model,
+                [batch],
+                samples=numbers or 0,
+                score=score,
+                stacked=stacked,
+                max_rows=max_rows,
+                keep_samples=True,
+                progress=False,
+                device=device,
+                adapter=adapter,
+                advise=False,
+            )
+            predictions.append(predicted)
+            rows += _at_mean(influence, model, batch, score, device, _logits_and_covariance)
+            shown.update()
     return _moved(predictions, rows, corrected, keep_samples)
 
 
@@ -215,18 +217,14 @@ def sensitivity(
     """
     influence = Influence(posterior, model, num_data=num_data, adapter=adapter)
     found: list[Tensor] = []
-    for batch in _shown("sensitivity", inputs, progress):
-        found += _at_mean(influence, model, batch, score, device, _squared_gradient)
+    batches, total = batches_of(inputs)
+    with bar("sensitivity", total, progress) as shown:
+        for batch in batches:
+            found += _at_mean(influence, model, batch, score, device, _squared_gradient)
+            shown.update()
     if not found:
         raise ValueError("inputs has no batches; an iterator can be used once only")
     return torch.stack(found)
-
-
-def _shown(what: str, inputs: Any, progress: bool | None) -> Iterator[Any]:
-    """The batches, behind a progress bar as that of `predict`."""
-    batches, total = batches_of(inputs)
-    hidden = (total == 1 or None) if progress is None else not progress
-    yield from tqdm(batches, total=total, desc=what, unit="batch", disable=hidden, leave=False)
 
 
 def _at_mean(

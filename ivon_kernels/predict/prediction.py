@@ -10,13 +10,12 @@ from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ivon_kernels.facts import as_html, as_line
 from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.lora import CannotStackError
 from ivon_kernels.predict.abstaining import By, Threshold, certainty_of, find_threshold
-from ivon_kernels.predict.batches import Labelled, batches_of, cut, sample_numbers, split_labels, to_device
+from ivon_kernels.predict.batches import Labelled, bar, batches_of, cut, sample_numbers, split_labels, to_device
 from ivon_kernels.predict.conformal import ConformalSets, Method, fit_sets
 from ivon_kernels.predict.metrics import Scores, evaluate
 from ivon_kernels.predict.passes import Sampler, device_of, evaluating
@@ -289,19 +288,18 @@ def predict(
         raise ValueError(f"max_rows must be at least 1, got {max_rows}")
     batches, total = batches_of(inputs)
     where = torch.device(device) if device is not None else device_of(model)
-    hidden = (total == 1 or None) if progress is None else not progress  # None: hidden where there is no terminal
     parts: list[_Part] = []
     with (
         evaluating(model),
         Sampler(posterior, model, adapter=adapter, stacked=stacked, max_rows=max_rows) as sampler,
-        tqdm(total=total, desc="predict", unit="batch", disable=hidden, leave=False) as bar,
+        bar("predict", total, progress) as shown,
     ):
         for batch in batches:
             for piece in cut(split_labels(batch), max_rows):
                 piece = piece._replace(inputs=to_device(piece.inputs, where))
                 run = functools.partial(_predict_piece, sampler, score, numbers, piece, keep_samples)
                 parts.append(sampler.attempt(run))
-            bar.update()
+            shown.update()
     found = _joined(parts)
     if advise and len(numbers) > 1 and len(found) >= _ENOUGH:
         _say_if_samples_agree(found, len(numbers))

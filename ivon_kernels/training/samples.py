@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ivon_kernels.backends import DeviceBackend, Draw, Launch
 from ivon_kernels.backends.state import ParamState
-from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES, MIRROR
+from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES, in_pairs
 from ivon_kernels.training import replicas
 from ivon_kernels.training.gradients import (
     Closed,
@@ -119,9 +119,7 @@ class Samples:
         seed = self.parameters.seed
         if self.replay is not None:
             return Draw(seed, self.replay, step=EVAL_STEP)
-        number = self.count - 1
-        if self.antithetic:
-            number = number // 2 + number % 2 * MIRROR
+        number = in_pairs(self.count - 1) if self.antithetic else self.count - 1
         return Draw(seed, number, replicas.world()[0] if self.parameters.sync else 0)
 
     def _agree(self) -> None:

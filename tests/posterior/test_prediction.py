@@ -29,7 +29,7 @@ from ivon_kernels.posterior import (
     predict,
     sweep_temperature,
 )
-from ivon_kernels.predict import prediction
+from ivon_kernels.predict import batches, prediction
 from tests.support.elsewhere import drawn_and_predicted
 from tests.support.posterior_models import ROUNDING, Trained, features, tokens, train, trained_classifier, trained_llama
 from tests.support.ranks import Ranks
@@ -225,7 +225,7 @@ def test_a_stream_of_batches_predicts_as_one_batch(mlp: Trained, inputs: Callabl
 def test_progress_counts_batches(
     mlp: Trained, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prediction, "tqdm", partial(prediction.tqdm, mininterval=0))
+    monkeypatch.setattr(batches, "tqdm", partial(batches.tqdm, mininterval=0))
     x, y = features(7)
     loader = dict_loader(x, y, 2)
     predict(mlp.posterior, mlp.model, loader, samples=1, progress=True)

@@ -14,7 +14,7 @@ from benchmarks.quality.methods.adamw import TEMPERATURE, TemperatureScaling
 from ivon_kernels import IVON
 from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.names import weight_names
-from ivon_kernels.noise import MIRROR
+from ivon_kernels.noise import in_pairs
 from ivon_kernels.posterior import Posterior
 
 STACKED_BATCH = 12  # examples of a forward pass that several samples share
@@ -88,7 +88,7 @@ class Pairs(Samples):
     """As many samples, each followed by its mirror image: any even number of the first ones is made of pairs."""
 
     def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
-        numbers = [k // 2 + k % 2 * MIRROR for k in range(job.samples)]
+        numbers = [in_pairs(position) for position in range(job.samples)]
         return predict_each(job, posterior_of(job, state, hyper), examples, numbers)
 
 
