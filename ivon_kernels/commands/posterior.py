@@ -1,4 +1,4 @@
-"""``ivon-kernels posterior``: saved posteriors, looked at, sampled, merged and tempered, without their models."""
+"""``ivon-kernels posterior``: saved posteriors, looked at, sampled, exported, merged and tempered without a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import typer
 from torch import Tensor
 
 from ivon_kernels.commands.console import show, table
+from ivon_kernels.noise import antithetic
 from ivon_kernels.posterior import Gaussian, Posterior
 from ivon_kernels.posterior import merge as merged
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Saved posteriors: look at one, write samples, merge, temper.")
+app = typer.Typer(help="Saved posteriors: look at one, write samples, export, merge, temper.")
 
 Saved = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="Folder of weights with an ivon_posterior.safetensors beside them.")
@@ -62,6 +63,18 @@ def sample(
     posterior = Posterior.load(folder)
     for number in range(first, first + count):
         show(str(posterior.sample_adapter(number, None if out is None else out / f"sample_{number}")))
+
+
+@app.command()
+def export(
+    folder: Saved,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the adapters and ivon_samples.json.")],
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="How many samples, beside the mean.")] = 8,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Half of them are mirror images of the others.")] = False,
+) -> None:
+    """Write the mean and samples as PEFT adapters with a manifest, for a server that holds several adapters."""
+    numbers = antithetic(count) if pairs and count else count
+    show(str(Posterior.load(folder).export(out, numbers)))
 
 
 @app.command()

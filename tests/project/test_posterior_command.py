@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ivon_kernels.commands.app import main
+from ivon_kernels.noise import antithetic
 from ivon_kernels.posterior import Posterior, merge
+from ivon_kernels.posterior.exporting import MANIFEST
 from tests.support.saved_posterior import assert_equal, save_lora, trained
 from tests.support.tiny_llm import llama, lora_llama, make_trainer
 
@@ -41,7 +43,7 @@ def refused(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
-def run(*arguments: str | Path, capsys: pytest.CaptureFixture[str]) -> str:
+def run(*arguments: str | Path | int, capsys: pytest.CaptureFixture[str]) -> str:
     main([*map(str, arguments)])
     said = capsys.readouterr()
     assert without_bars(said.err) == ""
@@ -94,6 +96,21 @@ def test_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         saved, expected = load_file(where / WEIGHTS), posterior.draw(number)
         assert saved.keys() == expected.keys() and all(saved[name].equal(expected[name]) for name in saved)
     assert "131072" in refused("posterior", "sample", folder, "--first", "131072", capsys=capsys)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_export(pairs: bool, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, numbers = folder.parent / "served", antithetic(3) if pairs else [0, 1, 2]
+    said = run("posterior", "export", folder, "-n", 3, "--out", out, *["--pairs"] * pairs, capsys=capsys)
+    assert said == f"{out / MANIFEST}\n"
+    adapters = json.loads((out / MANIFEST).read_text())["adapters"]
+    assert [adapter["sample"] for adapter in adapters] == [None, *numbers]
+    expected = [Posterior.load(folder).mean, *(Posterior.load(folder).draw(number) for number in numbers)]
+    for adapter, weights in zip(adapters, expected, strict=True):
+        saved = load_file(out / adapter["path"] / WEIGHTS)
+        assert saved.keys() == weights.keys() and all(saved[name].equal(weights[name]) for name in saved)
+    run("posterior", "export", folder, "-n", 0, "-o", folder.parent / "mean", *["--pairs"] * pairs, capsys=capsys)
+    assert [path.name for path in (folder.parent / "mean").iterdir() if path.is_dir()] == ["mean"]
 
 
 def test_temper(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
