@@ -133,6 +133,7 @@ PAGES: dict[tuple[str, str], Callable[[], Names]] = {
     ("docs/recipe.md", "python"): loop_and_trainer,
     ("docs/start.md", "python"): dict,
     ("docs/usage.md", "python"): loop,
+    ("docs/wrong-labels.md", "python"): prediction,
 }
 # Pages that need a server, a benchmark's data, or a library that is not here, and the tests of what they call.
 ELSEWHERE = {
