@@ -111,7 +111,7 @@ METHODS = (
         "AdamW",
         "Loshchilov and Hutter, ICLR 2019",
         candidates=tuple({"lr": lr} for lr in (4e-3, 2e-3, 8e-3, 1e-3)),
-        long_candidates=tuple({"lr": lr} for lr in (1e-3, 5e-4, 2e-3, 2.5e-4)),
+        long_candidates=tuple({"lr": lr} for lr in (5e-4, 2.5e-4, 1e-3, 1e-4)),
     ),
     TemperatureScaling("temperature", "AdamW, temperature scaling", TEMPERATURE, base="adamw"),
     MCDropout(

@@ -88,7 +88,7 @@ METHODS = (
         ),
         long_candidates=tuple(
             {"lr": lr, "swa_lr": swa_lr, "start": start}
-            for lr, swa_lr, start in ((1e-3, 5e-4, 0.5), (2e-3, 1e-3, 0.75), (1e-3, 1e-3, 0.5), (5e-4, 2.5e-4, 0.5))
+            for lr, swa_lr, start in ((5e-4, 2.5e-4, 0.5), (1e-3, 5e-4, 0.5), (1e-3, 1e-3, 0.5), (2.5e-4, 1.25e-4, 0.5))
         ),
     ),
 )
