@@ -83,7 +83,7 @@ def generate(
     with evaluating(model), torch.no_grad(), sampler:
         sequences = sampler.attempt(passes)
     length = max(part.shape[1] for part in sequences)
-    _, pad = _special_tokens(model, chosen.get("eos_token_id"), chosen.get("pad_token_id"))
+    _, pad = special_tokens(model, chosen.get("eos_token_id"), chosen.get("pad_token_id"))
     padded = [nn.functional.pad(part, (0, length - part.shape[1]), value=pad) for part in sequences]
     return torch.stack(padded)
 
@@ -183,7 +183,7 @@ def generate_averaged(
     if not mask[:, -1].all():
         raise ValueError("prompts must be padded on the left: tokenizer(..., padding_side='left')")
     choose = _Choice(do_sample, [*processors, *_warpers(do_sample, temperature, top_k, top_p)], generator)
-    ends, pad = _special_tokens(model, eos_token_id, pad_token_id)
+    ends, pad = special_tokens(model, eos_token_id, pad_token_id)
     sampler = Sampler(posterior, model, adapter=adapter, stacked=stacked, max_rows=max_rows)
     with evaluating(model), torch.no_grad(), sampler:
         return sampler.attempt(
@@ -270,7 +270,9 @@ def _prompts(inputs: Any, device: torch.device) -> tuple[dict[str, Any], int]:
     return to_device(batch, device), len(ids)
 
 
-def _special_tokens(model: nn.Module, eos: int | Sequence[int] | None, pad: int | None) -> tuple[tuple[int, ...], int]:
+def special_tokens(
+    model: nn.Module, eos: int | Sequence[int] | None = None, pad: int | None = None
+) -> tuple[tuple[int, ...], int]:
     """The tokens that end a sequence, and the one that fills up after the end; from the model where not given."""
     config: Any = getattr(model, "generation_config", None)
     eos = getattr(config, "eos_token_id", None) if eos is None else eos
