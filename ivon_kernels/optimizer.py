@@ -17,11 +17,11 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from ivon_kernels import checkpoint
-from ivon_kernels.backends import Draw
 from ivon_kernels.hyperparameters import OPTIMIZER_KEYS, advice_on_decay
-from ivon_kernels.noise import EVAL_STEP, MAX_SAMPLES, check_sample, whole_number
+from ivon_kernels.noise import MAX_SAMPLES, whole_number
 from ivon_kernels.training import advice, diagnostics, pickling, replicas
 from ivon_kernels.training.hooked import hooked
+from ivon_kernels.training.modes import Modes
 from ivon_kernels.training.parameters import Parameters
 from ivon_kernels.training.recipe import SETTINGS, Wanted, arrange
 from ivon_kernels.training.samples import Closure, NonFinite, Samples
@@ -135,9 +135,6 @@ class IVON(Optimizer):
         seed = None if seed is None else whole_number(seed, "seed", 0, 2**64)
         _check_nonfinite(nonfinite)
         self.sample_in_step = sample_in_step
-        self._mode = False  # train() was called last, not eval()
-        self._evaluating = False  # in a block that holds an evaluation sample
-        self._eval_samples = 0
         self._loading: dict[str, Any] | None = None  # the state dict that load_state_dict is taking over
         self.advised: set[str] = set()  # what check() would say and a warning has said
         self._build(backend, capturable, nonfinite, seed_given=seed is not None, antithetic=antithetic)
@@ -171,7 +168,7 @@ class IVON(Optimizer):
         self._parameters = Parameters(backend, capturable)
         self._weights = Weights(_OWNER)
         self._samples = Samples(self._parameters, self._weights, nonfinite, seed_given, antithetic)
-        self._update = Update(self._samples)
+        self._modes, self._update = Modes(self._samples), Update(self._samples)
         self._weights.let_go_by(self._samples.restore)
         # An optimizer that is dropped in the middle of a step must not leave its sample to who comes next.
         weakref.finalize(self, _bring_back, self._samples).atexit = False
@@ -296,7 +293,7 @@ class IVON(Optimizer):
     @property
     def holds_training_sample(self) -> bool:
         """Whether the weights hold the sample of the coming step, and not an evaluation sample or the mean."""
-        return self.holds_sample and not self._evaluating
+        return self.holds_sample and not self._modes.evaluating
 
     def mean_of(self, param: Tensor) -> Tensor:
         """The mean of a parameter, in its dtype and placement, also while the weights hold a sample.
@@ -402,66 +399,19 @@ class IVON(Optimizer):
                 wrote into the weights during it.
         """
         if train:
-            drawn = self._enter_train_block(sample)
+            drawn = self._modes.enter_training(sample)
             try:
                 yield
             except BaseException:
-                self._leave_train_block(drawn, failed=True)
+                self._modes.leave_training(drawn, failed=True)
                 raise
-            self._leave_train_block(drawn)
+            self._modes.leave_training(drawn)
         else:
-            outer = self._enter_evaluation(sample)
+            outer = self._modes.enter_evaluation(sample)
             try:
                 yield
             finally:
-                self._leave_evaluation(outer)
-
-    @_disable_dynamo
-    def _enter_train_block(self, sample: int | None) -> int:
-        """Returns how many samples were drawn, this one included; 0 in a closure."""
-        sample = None if sample is None else check_sample(sample)
-        samples = self._samples
-        if samples.in_closure:  # step(closure) holds the sample; ivon-opt's closures enter the context themselves
-            return 0
-        if self.holds_sample:
-            raise RuntimeError(
-                "sampled_params(train=True) inside a sample: leave the other block, or call optimizer.eval() if "
-                "optimizer.train() put it there"
-            )
-        if samples.unused:  # eval() ended the loop that it was drawn for
-            samples.forget()
-        samples.begin(sample)
-        return samples.count
-
-    @_disable_dynamo
-    def _leave_train_block(self, drawn: int, failed: bool = False) -> None:
-        if drawn == 0:
-            return
-        if failed:
-            self._samples.abort()
-        else:
-            self._samples.close(drawn)
-
-    @_disable_dynamo
-    def _enter_evaluation(self, sample: int | None) -> tuple[Draw | None, bool]:
-        """Returns what the weights held before, and whether for evaluation."""
-        if sample is None:
-            sample = self._eval_samples
-            self._eval_samples = (self._eval_samples + 1) % MAX_SAMPLES
-        else:
-            sample = check_sample(sample)
-        outer = self._weights.held, self._evaluating
-        self._samples.put(Draw(self.seed, sample, step=EVAL_STEP))
-        self._evaluating = True
-        return outer
-
-    @_disable_dynamo
-    def _leave_evaluation(self, outer: tuple[Draw | None, bool]) -> None:
-        held, self._evaluating = outer
-        if held is None:
-            self._samples.restore_unedited()
-        else:
-            self._samples.put(held)
+                self._modes.leave_evaluation(outer)
 
     @_disable_dynamo
     def train(self, sample: int | None = None) -> None:
@@ -477,25 +427,7 @@ class IVON(Optimizer):
             ValueError: If `sample` is out of range.
             RuntimeError: Inside a block that holds an evaluation sample, or if another sample was drawn for this step.
         """
-        self._require_no_evaluation("train()")
-        samples = self._samples
-        if sample is not None:
-            sample = check_sample(sample)
-            if samples.unused:
-                samples.discard()
-        self._mode = True
-        if samples.unused:
-            samples.ask()
-        if not samples.count:
-            samples.begin(sample)
-        elif sample is not None and sample != samples.replay:
-            raise RuntimeError(
-                f"train(sample={sample}), but this step has another sample: call step() or discard_samples() first"
-            )
-        elif self.holds_sample:
-            samples.take_in()
-        else:
-            samples.go_on()
+        self._modes.train(sample)
 
     @_disable_dynamo
     def eval(self) -> None:
@@ -504,8 +436,7 @@ class IVON(Optimizer):
         Raises:
             RuntimeError: With the mean restored, if somebody else wrote into the weights while they held the sample.
         """
-        self._mode = False
-        self._samples.pause()
+        self._modes.eval()
 
     @contextmanager
     def at_mean(self) -> Iterator[None]:
@@ -518,27 +449,11 @@ class IVON(Optimizer):
             RuntimeError: If somebody else wrote into the weights while they held the sample; after the block, if there
                 is a gradient that was computed in it.
         """
-        outer = self._weights.held, self._evaluating, self._mode
-        self._leave_for_mean()
+        outer = self._modes.enter_mean()
         try:
             yield
         finally:
-            self._return_from_mean(*outer)
-
-    @_disable_dynamo
-    def _leave_for_mean(self) -> None:
-        self._evaluating = False
-        self._samples.pause()
-
-    @_disable_dynamo
-    def _return_from_mean(self, held: Draw | None, evaluating: bool, mode: bool) -> None:
-        self._evaluating = evaluating
-        if held is None or self.holds_sample or self._mode != mode:  # or the block has let go of the sample, or stepped
-            return
-        if evaluating:
-            self._samples.put(held)
-        elif self._samples.count:
-            self._samples.go_on()
+            self._modes.leave_mean(outer)
 
     @_disable_dynamo
     def take_in_unfrozen(self) -> None:
@@ -546,8 +461,7 @@ class IVON(Optimizer):
 
         As :meth:`train` called again, for hooks that do not know whether a step is under way.
         """
-        if self.holds_training_sample and self._parameters.unfrozen:
-            self._samples.take_in()
+        self._modes.take_in_unfrozen()
 
     @_disable_dynamo
     def next_sample(self) -> None:
@@ -558,21 +472,12 @@ class IVON(Optimizer):
         Raises:
             RuntimeError: Inside a block that holds an evaluation sample.
         """
-        self._require_no_evaluation("next_sample()")
-        self._mode = True
-        self._samples.ask()
-        self._samples.begin()
+        self._modes.next_sample()
 
     @_disable_dynamo
     def discard_samples(self) -> None:
         """Forget the unfinished step and restore the mean; the next sample is the first one of this step again."""
         self._samples.discard()
-
-    def _require_no_evaluation(self, call: str) -> None:
-        if self._evaluating:
-            raise RuntimeError(
-                f"{call} inside a sampled_params() block that holds an evaluation sample: leave it first"
-            )
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 
@@ -604,13 +509,13 @@ class IVON(Optimizer):
             NonFiniteGradientError: For inf or nan in a gradient, with ``nonfinite="raise"``; the samples are discarded.
                 Under a GradScaler such steps are skipped instead.
         """
-        self._require_no_evaluation("step()")
+        self._modes.require_no_evaluation("step()")
         samples, weights = self._samples, self._weights
         self._update.raise_reported()
         if weights.edited:
             samples.discard()
             raise RuntimeError(EDITED)
-        draw_next = self.sample_in_step and self._mode and weights.held is not None and samples.replay is None
+        draw_next = self.sample_in_step and self._modes.training and weights.held is not None and samples.replay is None
         loss = None if closure is None else samples.run(closure, self.param_groups[0]["mc_samples"])
         # A GradScaler leaves both on the optimizer for the length of the call.
         found_inf = getattr(self, "found_inf", None)
@@ -706,7 +611,11 @@ class IVON(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._samples.follow()
         own = {key: getattr(self, key) for key in _OWN}
-        return {**super().__getstate__(), "_own": own, "_parts": pickling.pack(self._samples, self._update)}
+        return {
+            **super().__getstate__(),
+            "_own": own,
+            "_parts": pickling.pack(self._samples, self._modes, self._update),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -728,7 +637,7 @@ class IVON(Optimizer):
         super().__setstate__(state)
         self.param_groups = groups
         self._parameters.bind(self.defaults)
-        pickling.unpack(parts, entries, self._samples, self._update)
+        pickling.unpack(parts, entries, self._samples, self._modes, self._update)
 
 
 def _bring_back(samples: Samples) -> None:
@@ -742,7 +651,7 @@ def _drawn_seed() -> int:
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
-_OWN = ("advised", "sample_in_step", "_mode", "_evaluating", "_eval_samples")  # attributes that copies have too
+_OWN = ("advised", "sample_in_step")  # attributes that copies have too
 
 
 def _check_nonfinite(value: NonFinite) -> NonFinite:

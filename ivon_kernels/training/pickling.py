@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ivon_kernels.backends import Draw
+from ivon_kernels.training.modes import Modes
 from ivon_kernels.training.samples import NonFinite, Samples
 from ivon_kernels.training.update import Update
 
@@ -27,13 +28,14 @@ class Parts(NamedTuple):
     skipped: int  # steps, on all devices
     held: Draw | None
     samples: dict[str, Any]  # arguments of Samples.resume
+    modes: dict[str, Any]  # of Modes.resume
     sums: dict[int, tuple[Tensor, Tensor]]  # of the finished samples, by the parameter's index
     active: list[int]  # indices of the parameters that were sampled
     findings: list[int]
     antithetic: bool
 
 
-def pack(samples: Samples, update: Update) -> Parts:
+def pack(samples: Samples, modes: Modes, update: Update) -> Parts:
     """Everything that is needed to go on. Waits for devices that count skipped steps.
 
     Raises:
@@ -59,6 +61,7 @@ def pack(samples: Samples, update: Update) -> Parts:
             "in_closure": samples.in_closure,
             "had_gradients": samples.had_gradients,
         },
+        modes={"training": modes.training, "evaluating": modes.evaluating, "evaluated": modes.evaluated},
         sums={state.index: state.sums for state in parameters.ordered if state.sums is not None},
         active=[state.index for state in parameters.active.states],
         findings=samples.findings(),
@@ -66,13 +69,15 @@ def pack(samples: Samples, update: Update) -> Parts:
     )
 
 
-def unpack(parts: Parts, state: Mapping[Tensor, Mapping[str, Any]], samples: Samples, update: Update) -> None:
+def unpack(
+    parts: Parts, state: Mapping[Tensor, Mapping[str, Any]], samples: Samples, modes: Modes, update: Update
+) -> None:
     """Give new parts, whose parameters are bound to the copied groups, what the record knows.
 
     Args:
         parts: From :func:`pack`; its tensors may be on other devices now.
         state: The copied ``optimizer.state``; the parameters get theirs from it.
-        samples, update: Just made.
+        samples, modes, update: Just made.
     """
     parameters = samples.parameters
     parameters.hold_lr()
@@ -84,6 +89,7 @@ def unpack(parts: Parts, state: Mapping[Tensor, Mapping[str, Any]], samples: Sam
         for flags in parameters.flags.values():
             flags.forget(*parts.findings)
     samples.resume(**parts.samples)
+    modes.resume(**parts.modes)
     update.resume(parts.skipped)
     if parts.held is not None:
         samples.weights.settle(parameters.active, parts.held)
