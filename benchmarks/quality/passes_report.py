@@ -5,6 +5,8 @@ What the page says is in ``passes.md.jinja``; here are its tables.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from benchmarks.quality.settings import kind_of
 from benchmarks.quality.summary import (
     COST,
     GROUPS,
+    HIGHER,
     IN,
     METRICS,
     SHIFT,
@@ -121,6 +124,27 @@ class Ways:
             lines.append([self.called(row), *cells, f"{passes.mean:.0f}" if passes.seeds else NOTHING])
         heads = [METRICS[key] + (", shift" if group == SHIFT else "") for group, key in columns]
         return table(["", *heads, "passes"], lines)
+
+    def at_a_glance(self, view: str, group: str, counts: Sequence[int]) -> str:
+        """A line for each method; NLL and ECE also with a temperature; the best of each column is bold.
+
+        `counts` are the numbers of passes that IVON's samples have a line for; other methods have their most.
+        """
+        columns = [("accuracy", False), *((key, scaled) for key in ("nll", "ece") for scaled in (False, True))]
+        lines = [
+            self.at(method, count, False)
+            for method in self.methods
+            for count in (counts if method in self._sampling and method in self.ours else counts[-1:])
+        ]
+        values = [[self.score(view, group, replace(row, scaled=s), key) for key, s in columns] for row in lines]
+        means = [[value.mean for value in column] for column in zip(*values, strict=True)]
+        best = [(max if key in HIGHER else min)(column) for (key, _), column in zip(columns, means, strict=True)]
+        rows = []
+        for row, found in zip(lines, values, strict=True):
+            cells = [bold(number(value), value.mean == top) for value, top in zip(found, best, strict=True)]
+            rows.append([self.title(row.method), *cells, f"{self.score(view, COST, row, 'passes').mean:.0f}"])
+        heads = [METRICS[key] + (", scaled" if scaled else "") for key, scaled in columns]
+        return table(["", *heads, "passes"], rows)
 
     def by_passes(self, view: str, group: str, key: str) -> str:
         """A metric of what samples, by the number of passes."""

@@ -28,7 +28,7 @@ from benchmarks.quality.passes import Row, compact, expand
 from benchmarks.quality.passes_report import Ways, write_report
 from benchmarks.quality.settings import LONG_METHODS, LONG_TASKS, SIZES
 from benchmarks.quality.study import select
-from benchmarks.quality.summary import METRICS
+from benchmarks.quality.summary import IN, METRICS
 from ivon_kernels import IVON
 from ivon_kernels.predict import metrics
 from tests.support.finetune_model import save_tiny_model
@@ -295,6 +295,14 @@ def test_wins_are_counted_at_equal_passes() -> None:
     assert ways.at("ivon_for_lora", 1, True) == Row("ivon_for_lora", 1, True)
     unsure = Ways(made({"adamw": lambda s: 0.6, "ivon_for_lora": lambda s: 0.6 + noise[s]}))
     assert unsure.tally(one, rival) == (0, 0, 4)
+
+
+def test_the_table_at_a_glance_has_a_line_for_each_number_of_passes() -> None:
+    ways = Ways(made({"adamw": lambda s: 0.6, "ivon_for_lora": lambda s: 0.8}))
+    lines = [line.strip("| ").split(" | ") for line in ways.at_a_glance("arc_easy", IN, (1, 2)).splitlines()]
+    assert lines[0][0] == "accuracy" and [line[0] for line in lines[2:]] == ["adamw", "ivon_for_lora", "ivon_for_lora"]
+    means = [[cell.split(" ±")[0] for cell in line[1:-1]] for line in lines[2:]]
+    assert means == [["0.600"] * 5, ["**0.800", *["0.800"] * 4], ["0.400", *["**0.400"] * 4]]
 
 
 def test_a_record_of_passes_reads_as_methods_of_their_own() -> None:
