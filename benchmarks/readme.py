@@ -22,6 +22,7 @@ from benchmarks.finetune.compare import Difference
 from benchmarks.finetune.compare import table as differences
 from benchmarks.pairs import PAIRS
 from benchmarks.pairs import table as compared
+from benchmarks.quality.passes_report import Ways
 from benchmarks.quality.summary import COST, IN, METRICS, SHIFT, Summary, bold, mark, number
 from benchmarks.speed.record import read
 from benchmarks.tables import NOTHING, markdown
@@ -46,8 +47,8 @@ _ENOUGH = 5  # examples in a bin, to draw it
 _BLOCK = re.compile(r"(?P<begin><!-- figures: (?P<name>\w+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 _QUALITY = ("accuracy", "nll", "ece")
 _COLUMNS = tuple((group, key) for group in (IN, SHIFT) for key in _QUALITY)
-_FIRST = ("adamw", "temperature", "laplace_all", "ensemble", "ivon_long", "ivon_samples", "ivon_samples_scaled")
 _LONG = "quality-240"
+_PASSES = (2, 4, 10)
 _WORKLOADS = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "128-tiny", "450-tiny")
 _BASELINE = "AdamW (fused)"
 _CONTENDERS = {
@@ -119,15 +120,13 @@ def _title(group: str, key: str) -> str:
     return METRICS[key] + (", shift" if group == SHIFT else "")
 
 
-def quality(
-    results: Path, study: str, only: tuple[str, ...] = (), columns: tuple[tuple[str, str], ...] = _COLUMNS
-) -> str:
+def quality(results: Path, study: str) -> str:
     """Scores of what someone would choose, in distribution and under shift; passes of the model."""
     summary = Summary(_read(results / study / "quality.json"))
     task = summary.views[0]
-    shown = [m for m in summary.methods if summary.kind(m) != "ablation" and (not only or m in only)]
+    shown = [m for m in summary.methods if summary.kind(m) != "ablation"]
     table = {"": [summary.title(method) for method in shown]}
-    for group, key in columns:
+    for group, key in _COLUMNS:
         scores = [summary.score(task, group, method, key) for method in shown]
         leader = next(method for method in summary.ranking(task, group, key) if method in shown)
         best = scores[shown.index(leader)]
@@ -135,6 +134,12 @@ def quality(
     passes = [summary.score(task, COST, method, "passes") for method in shown]
     table["passes"] = [f"{each.mean:.0f}" if each.seeds else NOTHING for each in passes]
     return markdown(pd.DataFrame(table))
+
+
+def passes(results: Path, make: Callable[[Ways, str], str]) -> str:
+    """A table of the study at equal numbers of passes, of its first view."""
+    ways = Ways(_read(results / "quality-long" / "quality.json"))
+    return make(ways, ways.summary.views[0])
 
 
 def repaired(results: Path) -> str:
@@ -228,10 +233,14 @@ def stacking(results: Path) -> str:
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "quality": partial(quality, study="quality"),
-    "gains": partial(quality, study=_LONG, only=_FIRST, columns=_COLUMNS[:3]),
+    "gains": partial(passes, make=lambda ways, view: ways.at_a_glance(view, IN, _PASSES[-1:], ["ivon_for_lora_pairs"])),
     "pairs": pairs,
     "quality_long": partial(quality, study=_LONG),
     "repaired": repaired,
+    "glance": partial(passes, make=lambda ways, view: ways.at_a_glance(view, IN, _PASSES)),
+    "glance_shift": partial(passes, make=lambda ways, view: ways.at_a_glance(view, SHIFT, _PASSES)),
+    "passes_nll": partial(passes, make=lambda ways, view: ways.by_passes(view, IN, "nll")),
+    "wins": partial(passes, make=lambda ways, view: ways.wins()),
     "speed": speed,
     "host": host,
     "finetune": finetune,

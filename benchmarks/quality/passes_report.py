@@ -125,15 +125,17 @@ class Ways:
         heads = [METRICS[key] + (", shift" if group == SHIFT else "") for group, key in columns]
         return table(["", *heads, "passes"], lines)
 
-    def at_a_glance(self, view: str, group: str, counts: Sequence[int]) -> str:
-        """A line for each method; NLL and ECE also with a temperature; the best of each column is bold.
+    def at_a_glance(self, view: str, group: str, counts: Sequence[int], without: Sequence[str] = ()) -> str:
+        """A line for each method (passes); NLL and ECE also with a temperature; the best of each column is bold.
 
-        `counts` are the numbers of passes that IVON's samples have a line for; other methods have their most.
+        `counts` are the numbers of passes that IVON's samples have a line for; other methods have their most. Methods
+        of `without` are left out.
         """
         columns = [("accuracy", False), *((key, scaled) for key in ("nll", "ece") for scaled in (False, True))]
         lines = [
             self.at(method, count, False)
             for method in self.methods
+            if method not in without
             for count in (counts if method in self._sampling and method in self.ours else counts[-1:])
         ]
         values = [[self.score(view, group, replace(row, scaled=s), key) for key, s in columns] for row in lines]
@@ -142,9 +144,9 @@ class Ways:
         rows = []
         for row, found in zip(lines, values, strict=True):
             cells = [bold(number(value), value.mean == top) for value, top in zip(found, best, strict=True)]
-            rows.append([self.title(row.method), *cells, f"{self.score(view, COST, row, 'passes').mean:.0f}"])
-        heads = [METRICS[key] + (", scaled" if scaled else "") for key, scaled in columns]
-        return table(["", *heads, "passes"], rows)
+            passes = round(self.score(view, COST, row, "passes").mean)
+            rows.append([self.title(row.method) + (f" ({passes})" if passes > 1 else ""), *cells])
+        return table(["", *(METRICS[key] + (", scaled" if scaled else "") for key, scaled in columns)], rows)
 
     def by_passes(self, view: str, group: str, key: str) -> str:
         """A metric of what samples, by the number of passes."""
