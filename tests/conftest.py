@@ -33,10 +33,11 @@ ALL_BACKENDS = ("reference", "cpu", "cuda", "triton")
 
 @pytest.hookimpl(tryfirst=True)  # before ``-m`` looks at the markers
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out backend triton where a test is not marked ``on_triton``; the rest of it is ``slow``.
+    """Leaves out backend triton where a test is not marked ``on_triton``; the rest of it is ``slow``. Notebooks first.
 
     Triton's interpreter takes about 0.3 s for a step of two small tensors, so that of the front end's tests it runs one
-    or two of each promise. Its kernels are compared with the reference in files of their own.
+    or two of each promise. Its kernels are compared with the reference in files of their own. A notebook is one test of
+    minutes: at the end one worker would run it while the others wait.
     """
 
     left_out = []
@@ -49,6 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=left_out)
     gone = set(left_out)
     items[:] = [item for item in items if item not in gone]
+    items.sort(key=lambda item: item.path.stem != "test_notebooks")
 
 
 def pytest_collection_finish() -> None:
