@@ -293,7 +293,7 @@ class IVON(Optimizer):
     @property
     def holds_training_sample(self) -> bool:
         """Whether the weights hold the sample of the coming step, and not an evaluation sample or the mean."""
-        return self.holds_sample and not self._modes.evaluating
+        return self._modes.holds_training_sample
 
     def mean_of(self, param: Tensor) -> Tensor:
         """The mean of a parameter, in its dtype and placement, also while the weights hold a sample.

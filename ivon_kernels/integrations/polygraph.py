@@ -18,7 +18,7 @@ from ivon_kernels.gaussians.gaussians import Gaussians
 from ivon_kernels.predict.batches import sample_numbers
 from ivon_kernels.predict.generation import generate, generate_averaged, special_tokens
 from ivon_kernels.predict.passes import Sampler, device_of, evaluating
-from ivon_kernels.predict.scoring import accepted
+from ivon_kernels.predict.scoring import token_likelihoods
 
 __all__ = ["generation_statistics"]
 
@@ -103,16 +103,11 @@ def _scored(
     ids = torch.stack([nn.functional.pad(text, (0, length - len(text))) for text in texts])
     whole = nn.functional.pad(mask, (0, length - start), value=1).expand(len(texts), -1)
     inputs = {"input_ids": ids, "attention_mask": whole}
-    kept = length - start + 1  # the last token of the prompt predicts the first new one
-    options = accepted(sampler.model, logits_to_keep=kept, use_cache=False)
-    inputs |= accepted(sampler.model, position_ids=(whole.cumsum(1) - 1).clamp(min=0))
 
     def passes() -> Tensor:
         each = []
         for passed in sampler.passes(numbers, len(texts)):
-            logits = sampler.model(**passed.repeat(inputs), **options).logits[:, -kept:-1].float()
-            chosen = ids[:, start:].repeat(passed.samples, 1)[:, :, None]
-            found = logits.gather(2, chosen).squeeze(2) - logits.logsumexp(2)
+            found = token_likelihoods(sampler.model, passed.repeat(inputs), start)
             each.append(found.double().unflatten(0, (passed.samples, len(texts))))
         return torch.cat(each)
 

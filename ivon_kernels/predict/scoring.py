@@ -93,7 +93,7 @@ def choices(*, normalize: bool = False) -> Score:
 
     def score(model: nn.Module, batch: Any) -> Tensor:
         ids = _input_ids(batch, "choices", 3)
-        rows, count, length = ids.shape
+        rows, count, _ = ids.shape
         if "answer_mask" not in batch:
             raise ValueError("choices() needs answer_mask [rows, C, T] in the batch: encode_choices makes it")
         answer = batch["answer_mask"].bool().flatten(0, 1)
@@ -101,11 +101,7 @@ def choices(*, normalize: bool = False) -> Score:
         start = int(answer.any(0).int().argmax())  # of the first answer token in the batch
         if start == 0:
             raise ValueError("choices() needs a prompt token before every answer, and a token in some answer")
-        kept = length - start + 1  # the token before predicts it
-        options = _options(model, flat, logits_to_keep=kept)
-        logits = _logits(model(**flat, **options))[:, -kept:-1].float()
-        tokens = flat["input_ids"][:, start:, None]
-        likelihoods = logits.gather(2, tokens).squeeze(2) - logits.logsumexp(2)
+        likelihoods = token_likelihoods(model, flat, start)
         answer = answer[:, start:]
         total, number = likelihoods.masked_fill(~answer, 0).sum(1), answer.sum(1)
         if normalize:
@@ -113,6 +109,21 @@ def choices(*, normalize: bool = False) -> Score:
         return total.masked_fill(number == 0, -torch.inf).view(rows, count)
 
     return score
+
+
+def token_likelihoods(model: nn.Module, batch: Mapping[str, Any], start: int) -> Tensor:
+    """``log p(token | those before it)`` of a causal language model, float32 ``[rows, T - start]``.
+
+    Args:
+        model: Runs once.
+        batch: ``input_ids [rows, T]`` and, where there is padding on either side, ``attention_mask``.
+        start: The first token that is asked for, at least 1.
+    """
+    tokens = batch["input_ids"][:, start:, None]
+    kept = tokens.shape[1] + 1  # the token before predicts it
+    options = _options(model, batch, logits_to_keep=kept)
+    logits = _logits(model(**batch, **options))[:, -kept:-1].float()
+    return logits.gather(2, tokens).squeeze(2) - logits.logsumexp(2)
 
 
 def encode_choices(

@@ -44,6 +44,11 @@ class Modes:
     def _found(self) -> Found:
         return Found(self._weights.held, self.evaluating, self.training)
 
+    @property
+    def holds_training_sample(self) -> bool:
+        """Whether the weights hold the sample of the coming step."""
+        return self._weights.held is not None and not self.evaluating
+
     def require_no_evaluation(self, call: str) -> None:
         """Refuse a call inside a block that holds an evaluation sample."""
         if self.evaluating:
@@ -151,5 +156,5 @@ class Modes:
         self._samples.begin()
 
     def take_in_unfrozen(self) -> None:
-        if self._weights.held is not None and not self.evaluating and self._samples.parameters.unfrozen:
+        if self.holds_training_sample and self._samples.parameters.unfrozen:
             self._samples.take_in()

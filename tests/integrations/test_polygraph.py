@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ivon_kernels.integrations.polygraph import generation_statistics
-from tests.support.posterior_models import ROUNDING, Trained, trained_llama
+from tests.support.posterior_models import ROUNDING, Trained, speaking_llama
 from tests.support.tiny_llm import same, tokenizer, weights
 
 # PEFT reads what transformers is renaming.
@@ -27,10 +27,7 @@ END = 9
 
 @pytest.fixture(scope="module")
 def llm() -> Trained:
-    trained = trained_llama()
-    trained.model.generation_config.pad_token_id = 0
-    trained.model.generation_config.eos_token_id = END
-    return trained
+    return speaking_llama(end=END)
 
 
 def statistics(llm: Trained, **options: Any) -> dict[str, Any]:

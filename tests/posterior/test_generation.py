@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, TopPLogitsWarper
 
 from ivon_kernels.posterior import generate, generate_averaged
-from tests.support.posterior_models import ROUNDING, Trained, tokens, trained_llama
+from tests.support.posterior_models import ROUNDING, Trained, speaking_llama, tokens
 from tests.support.tiny_llm import same, tokenizer, weights
 
 # PEFT reads what transformers is renaming.
@@ -24,10 +24,7 @@ NEW = 5
 
 @pytest.fixture(scope="module")
 def llm() -> Trained:
-    trained = trained_llama()
-    trained.model.generation_config.pad_token_id = 0
-    trained.model.generation_config.eos_token_id = None
-    return trained
+    return speaking_llama(end=None)
 
 
 def padded() -> dict[str, Tensor]:

@@ -41,6 +41,14 @@ def trained_llama() -> Trained:
     return train(lora_llama(), {"input_ids": ids, "labels": ids})
 
 
+def speaking_llama(end: int | None) -> Trained:
+    """`trained_llama` that pads with 0 and ends a text with the token `end`, or never."""
+    trained = trained_llama()
+    trained.model.generation_config.pad_token_id = 0
+    trained.model.generation_config.eos_token_id = end
+    return trained
+
+
 def tokens(rows: int, length: int, seed: int = 4) -> Tensor:
     """Random letters of the tiny tokenizer."""
     return torch.randint(3, 29, (rows, length), generator=torch.Generator().manual_seed(seed))
