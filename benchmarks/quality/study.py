@@ -13,6 +13,7 @@ from benchmarks import UserError
 from benchmarks.finetune.tasks import domains, find_task
 from benchmarks.quality import passes, passes_report, report
 from benchmarks.quality.bench import Content, Tensors
+from benchmarks.quality.earlier import Earlier
 from benchmarks.quality.method import Hyper, Method
 from benchmarks.quality.methods import all_methods
 from benchmarks.quality.settings import BUDGET, DIAL_BUDGET, Settings, kind_of, sized
@@ -64,6 +65,7 @@ class Study(Workshop):
     """The parts of a study, and what they have found so far, of methods by name, each after its base."""
 
     def __init__(self, settings: Settings, methods: dict[str, Method], console: Console) -> None:
+        self._earlier = Earlier.read(settings.out / RECORD, settings)
         super().__init__(settings, console)
         self.methods, self._given = methods, settings.given()
         self._trainers = [method for method in methods.values() if method.base is None]
@@ -76,7 +78,7 @@ class Study(Workshop):
                     yield partial(self._search, self._chosen_on(task), method, hyper)
             for seed in self.settings.seeds:
                 for method in self._trainers:
-                    yield partial(self._train, task, method, seed)
+                    yield partial(self._prepare, task, method, seed)
                 for method in self.methods.values():
                     yield partial(self._judge, task, method, seed)
 
@@ -89,18 +91,34 @@ class Study(Workshop):
         return tuple(method.candidates) if self.settings.search and len(method.candidates) > 1 else ()
 
     def _search(self, task: str, method: Method, hyper: Hyper) -> Content:
+        if (earlier := self._earlier.tried(task, method.name, hyper)) is not None:
+            return earlier
         names, title = (SEARCH, task, method.name, key_of(hyper)), f"{task}: {method.title}, trying {key_of(hyper)}"
         return self.cell(names, title, lambda: self.bench(task).try_candidate(method, hyper))
 
-    def _train(self, task: str, method: Method, seed: int) -> Content:
+    def _settled(self, task: str, method: Method) -> Hyper:
+        """The hyperparameters, after every candidate was tried."""
         for hyper in self._searched(method):
             self._search(self._chosen_on(task), method, hyper)
-        hyper = self.chosen(task, method)
+        return self.chosen(task, method)
+
+    def _prepare(self, task: str, method: Method, seed: int) -> None:
+        """Trains where some method that is not judged yet needs it."""
+        self._settled(task, method)
+        needing = (user for user in self.methods.values() if method.name in (user.name, user.base))
+        if any(self._judged(task, user, seed) is None for user in needing):
+            self._train(task, method, seed)
+
+    def _train(self, task: str, method: Method, seed: int) -> Content:
+        hyper = self._settled(task, method)
         names, title = self._names(TRAINED, task, method, seed), f"{task}, seed {seed}: training {method.title}"
         return self.cell(names, title, lambda: self.bench(task).train(method, hyper, seed))
 
     def _judge(self, task: str, method: Method, seed: int) -> Content:
         trainer = self.methods[method.base or method.name]
+        self._settled(task, trainer)
+        if (judged := self._judged(task, method, seed)) is not None:
+            return judged
         trained = self._train(task, trainer, seed)
 
         def compute() -> tuple[Content, Tensors]:
@@ -113,6 +131,13 @@ class Study(Workshop):
         names, title = self._names(JUDGED, task, method, seed), f"{task}, seed {seed}: predicting with {method.title}"
         return self.cell(names, title, compute)
 
+    def _judged(self, task: str, method: Method, seed: int) -> Content | None:
+        """What a method has scored so far, in this folder's cells or in the record of an earlier run."""
+        if (found := self.cells.read(*self._names(JUDGED, task, method, seed))) is not None:
+            return found
+        hyper = self.chosen(task, self.methods[method.base or method.name])
+        return self._earlier.judged(task, method.name, seed, hyper)
+
     def _names(self, kind: str, task: str, method: Method, seed: int) -> tuple[str, ...]:
         """A cell; it has the hyperparameters in its name, so that others, once they are chosen, are another cell."""
         hyper = self.chosen(task, self.methods[method.base or method.name])
@@ -123,7 +148,9 @@ class Study(Workshop):
     def tried(self, task: str, method: Method) -> list[Content]:
         """The candidates that were tried so far, with their scores on the validation split."""
         where = SEARCH, self._chosen_on(task), method.name
-        cells = [(hyper, self.cells.read(*where, key_of(hyper))) for hyper in method.candidates]
+        cells = [
+            (h, self.cells.read(*where, key_of(h)) or self._earlier.tried(*where[1:], h)) for h in method.candidates
+        ]
         return [{"hyper": dict(h), "scores": c.get("scores"), "error": c["error"]} for h, c in cells if c is not None]
 
     def chosen(self, task: str, method: Method) -> Hyper:
@@ -161,7 +188,9 @@ class Study(Workshop):
             "hyperparameters": hyperparameters,
             "cells": cells,
         }
-        return passes.compact(found) if self.settings.amounts.passes else found
+        if not self.settings.amounts.passes:
+            return found
+        return self._earlier.joined(passes.compact(found), self.settings.record())
 
     def forecast(self) -> str:
         """How long the whole study takes on one core, by what SmolLM2-135M took on one of a server."""

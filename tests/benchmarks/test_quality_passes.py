@@ -252,6 +252,54 @@ def test_seeds_of_the_first_task_come_first(tiny_model: Path, tmp_path: Path, mo
     assert "Not finished" not in before
 
 
+def test_a_record_is_enough_to_go_on_from(
+    finished: tuple[Path, dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    """What it has is not done again, and what comes is put to it: cells are too large to be kept by everyone."""
+    before = json.loads(json.dumps(finished[1]))
+    kept = [cell for cell in before["cells"] if (cell["task"], cell["method"]) != ("openbookqa", "tfb")]
+    for cell in kept:
+        cell["cost"]["train_seconds"] = 12345.0  # no training here takes so long
+    (tmp_path / "quality.json").write_text(json.dumps({**before, "cells": kept}))
+    record = study(
+        tiny_model, tmp_path, "--tasks=openbookqa,vader_movie", "--methods=tfb,mc_dropout", "--seeds=1", "--search"
+    )
+    cells = {(cell["task"], cell["method"], cell["seed"]): cell for cell in record["cells"]}
+    earlier = {(cell["task"], cell["method"], cell["seed"]): cell for cell in kept}
+    assert {key: cells[key] for key in earlier} == earlier
+    new = {*(("openbookqa", name, 0) for name in ("tfb", "mc_dropout"))}
+    new |= {("vader_movie", name, 0) for name in ("adamw", "tfb", "mc_dropout")}
+    assert cells.keys() - earlier.keys() == new
+    before_it = next(c for c in before["cells"] if (c["task"], c["method"], c["seed"]) == ("openbookqa", "tfb", 0))
+    assert cells["openbookqa", "tfb", 0]["rows"] == before_it["rows"]
+    trained = sorted(path.parent.name for path in (tmp_path / "cells" / "trained").rglob("*.safetensors"))
+    assert len(trained) == 2 and not (tmp_path / "cells" / "search").exists()
+    assert record["settings"]["tasks"] == ["vader_nyt", "arc_easy", "openbookqa", "vader_movie"]
+    assert record["settings"]["seeds"] == [0, 1] and record["settings"]["methods"] == [*STUDIED, "mc_dropout"]
+    assert record["hyperparameters"]["arc_easy"] == before["hyperparameters"]["arc_easy"]
+    assert record["earlier"] == [before["environment"]]
+    text = (tmp_path / "report.md").read_text()
+    assert "vader_movie, seed 1: all methods have not run" in text and "openbookqa, seed 1: tfb" in text
+    assert "arc_easy, seed 0: mc_dropout have not run" in text
+
+
+def test_a_record_of_another_study_is_not_written_over(
+    finished: tuple[Path, dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "quality.json"
+    given = ["quality", "--size=long", "--quick", "--search", f"--model={tiny_model}", f"--out={tmp_path}"]
+    other = {**finished[1], "settings": {**finished[1]["settings"], "load_in_8bit": True}}
+    for content, reason in (
+        (json.dumps(other), "other load_in_8bit"),
+        (json.dumps({"schema": 1}), "record of another kind"),
+        ("{", "Cannot read the record"),
+    ):
+        path.write_text(content)
+        result = CliRunner().invoke(app, [*given, "--steps=3"])
+        assert result.exit_code == 2 and reason in " ".join(result.output.split())
+        assert path.read_text() == content
+
+
 def test_the_report_says_who_wins_and_what_is_missing(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     out, record = finished
     text = (out / "report.md").read_text()
