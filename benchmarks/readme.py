@@ -136,10 +136,9 @@ def quality(results: Path, study: str) -> str:
     return markdown(pd.DataFrame(table))
 
 
-def passes(results: Path, make: Callable[[Ways, str], str]) -> str:
-    """A table of the study at equal numbers of passes, of its first view."""
-    ways = Ways(_read(results / "quality-long" / "quality.json"))
-    return make(ways, ways.summary.views[0])
+def passes(results: Path, make: Callable[[Ways, str], str], task: str = "vader_nyt") -> str:
+    """A table of the study at equal numbers of passes."""
+    return make(Ways(_read(results / "quality-long" / "quality.json")), task)
 
 
 def repaired(results: Path) -> str:

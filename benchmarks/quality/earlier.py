@@ -70,7 +70,9 @@ class Earlier:
         before, now = self.record, {_key(cell): cell for cell in content["cells"]}
         united = {key: _union(before["settings"][key], settings[key]) for key in _UNITED}
         cells = {**{_key(cell): cell for cell in before["cells"]}, **now}
-        order = sorted(cells, key=lambda key: tuple(united[name].index(part) for name, part in zip(_UNITED, key)))
+        order = sorted(
+            cells, key=lambda key: tuple(united[name].index(part) for name, part in zip(_UNITED, key, strict=True))
+        )
         chosen = {
             task: {
                 **before["hyperparameters"].get(task, {}),

@@ -169,6 +169,7 @@ class Method:
     title: str  # in tables and plots
     source: str  # where it is described: a paper, equation or section
     base: str | None = None
+    like: str | None = None  # trains with the hyperparameters that were chosen for this method
     sampling: ClassVar[bool] = False  # whether a prediction averages the job's samples
     ablation: bool = False  # here to take something away from IVON, not as a way that anyone would choose
     candidates: Sequence[Hyper] = ({},)  # for training, the most promising first: one run each on the validation split

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,11 @@ class Ways:
     def title(self, method: str) -> str:
         return str(self.record["methods"][method]["title"])
 
+    def seen(self, view: str) -> list[str]:
+        """The methods that have scores there: of a mean over tasks, on all of them."""
+        rows = {method: self.at(method, max(self.counts), False) for method in self.methods}
+        return [method for method, row in rows.items() if self.score(view, IN, row, "nll").seeds]
+
     def score(self, view: str, group: str, row: Row, key: str) -> Estimate:
         return self.summary.score(view, group, self.name(row), key)
 
@@ -111,7 +117,7 @@ class Ways:
     def scores(self, view: str) -> str:
         """Every method at its most passes, without and with a temperature; the best of each column is bold."""
         columns = [(group, key) for group in GROUPS for key in DECIDED_BY if key in self.summary.metrics(view, group)]
-        rows = [self.at(method, max(self.counts), scaled) for method in self.methods for scaled in (False, True)]
+        rows = [self.at(name, max(self.counts), scaled) for name in self.seen(view) for scaled in (False, True)]
         leaders = {}
         for group, key in columns:
             ranks = self.summary.ranking(view, group, key)
@@ -134,7 +140,7 @@ class Ways:
         columns = [("accuracy", False), *((key, scaled) for key in ("nll", "ece") for scaled in (False, True))]
         lines = [
             self.at(method, count, False)
-            for method in self.methods
+            for method in self.seen(view)
             if method not in without
             for count in (counts if method in self._sampling and method in self.ours else counts[-1:])
         ]
@@ -151,7 +157,7 @@ class Ways:
     def by_passes(self, view: str, group: str, key: str) -> str:
         """A metric of what samples, by the number of passes."""
         lines = []
-        for method in (name for name in self.methods if name in self._sampling):
+        for method in (name for name in self.seen(view) if name in self._sampling):
             for scaled in (False, True):
                 found = [Row(method, count, scaled) for count in self.counts]
                 cells = [number(self.score(view, group, row, key)) if self.has(row) else NOTHING for row in found]
@@ -164,7 +170,7 @@ class Ways:
         lines = []
         for scaled in (False, True):
             ours = self.at(method, max(self.counts), scaled)
-            for rival in self.rivals:
+            for rival in (name for name in self.seen(view) if name in self.rivals):
                 other = self.at(rival, max(self.counts), scaled)
                 found = [(self._less(view, group, ours, other, key), key) for group, key in columns]
                 lines.append(
@@ -222,15 +228,15 @@ class Ways:
         return Estimate(sum(gap.mean for gap in gaps) / len(gaps), error, gaps[0].seeds)
 
     def costs(self) -> str:
-        """What every method costs, the mean over tasks and seeds."""
-        lines = []
-        for method in self.methods:
-            row = self.at(method, max(self.counts), False)
-            view = self.summary.views[0]
-            found = [self.score(view, COST, row, key).mean for key in ("train_seconds", "fit_seconds", "tune_seconds")]
-            speed = self.score(view, COST, row, "predict_ms_per_example").mean
-            lines.append([self.called(row), *(f"{value:.0f}" for value in found), f"{speed:.0f}"])
-        return table(["", "training, s", "fit after it, s", "choosing dials, s", "prediction, ms per example"], lines)
+        """What every method costs on every task, the mean over seeds."""
+        keys, lines = ("train_seconds", "fit_seconds", "tune_seconds", "predict_ms_per_example"), []
+        for task in self.summary.tasks:
+            for method in self.seen(task):
+                row = self.at(method, max(self.counts), False)
+                found = [self.score(task, COST, row, key).mean for key in keys]
+                lines.append([task, self.called(row), *(f"{value:.0f}" for value in found)])
+        heads = ("training, s", "fit after it, s", "choosing dials, s", "prediction, ms per example")
+        return table(["task", "", *heads], lines)
 
     def unfinished(self) -> list[str]:
         """Tasks, methods and seeds that have no scores, in words."""
@@ -247,22 +253,24 @@ class Ways:
 
 
 def draw(ways: Ways) -> Figure:
-    """NLL and ECE against the number of passes, without a temperature and with one; IVON's lines are thick."""
-    view, figure = ways.summary.views[0], Figure(figsize=(11, 7), layout="constrained")
-    for row, scaled in zip(figure.subplots(2, 2, sharex=True), (False, True), strict=True):
-        for ax, key in zip(row, ("nll", "ece"), strict=True):
+    """NLL and ECE against the number of passes, a row for each task; IVON's lines are thick."""
+    tasks = [task for task in ways.summary.tasks if ways.seen(task)]
+    figure = Figure(figsize=(15, 1 + 3.4 * len(tasks)), layout="constrained")
+    axes = figure.subplots(len(tasks), 4, sharex=True, squeeze=False)
+    for task, row in zip(tasks, axes, strict=True):
+        for ax, (key, scaled) in zip(row, product(("nll", "ece"), (False, True)), strict=True):
             for place, method in enumerate(ways.methods):
                 rows = [row for row in ways.rows if row.method == method and row.scaled == scaled]
-                values = [ways.score(view, IN, row, key).mean for row in rows]
+                values = [ways.score(task, IN, row, key).mean for row in rows]
                 ours = method in ways.ours
                 style: dict[str, Any] = {"color": colormaps["tab20"](place % 20), "label": ways.title(method)}
                 style |= {"marker": "o" if ours else "s", "markersize": 4, "linewidth": 2.2 if ours else 1}
                 ax.plot([row.samples for row in rows], values, **style)
             ax.set(xscale="log", ylabel=f"{METRICS[key]}{', scaled' if scaled else ''}", xlabel="passes")
+            ax.set_title(f"{task}, in distribution", fontsize=9)
             ax.set_xticks(ways.counts, list(map(str, ways.counts)))
             ax.minorticks_off()
             ax.grid(alpha=0.2)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
-    figure.suptitle(f"{view}, in distribution", fontsize=10)
     return figure

@@ -47,13 +47,14 @@ def run(settings: Settings, console: Console) -> bool:
 
 
 def select(settings: Settings) -> dict[str, Method]:
-    """The methods that are asked for with their bases, all for none; with the candidates for runs of this length."""
+    """The methods that are asked for and what they need, all for none; with the candidates for runs of this length."""
     found, names = all_methods(), settings.methods
     if settings.amounts.passes:
         found = {n: replace(m, candidates=m.long_candidates or m.candidates) for n, m in found.items()}
     if unknown := [name for name in names if name not in found]:
         raise UserError(f"Unknown method '{unknown[0]}'; choose from {', '.join(found)}.")
     wanted = {base for name in names for base in (name, found[name].base)} if names else set(found)
+    wanted |= {found[name].like for name in wanted if name is not None}
     chosen = {name: method for name, method in found.items() if name in wanted}
     for name, method in chosen.items():
         if len(method.candidates) > BUDGET or len(method.dials) > DIAL_BUDGET:
@@ -98,6 +99,8 @@ class Study(Workshop):
 
     def _settled(self, task: str, method: Method) -> Hyper:
         """The hyperparameters, after every candidate was tried."""
+        if method.like is not None:
+            self._settled(task, self.methods[method.like])
         for hyper in self._searched(method):
             self._search(self._chosen_on(task), method, hyper)
         return self.chosen(task, method)
@@ -158,6 +161,8 @@ class Study(Workshop):
         given: Hyper | None = self._given.get(task, {}).get(method.name)
         if given is not None:
             return given
+        if method.like is not None:
+            return self.chosen(task, self.methods[method.like])
         tried = [entry for entry in self.tried(task, method) if entry["error"] is None] if self.settings.search else []
         best: Hyper = min(tried, key=lambda entry: float(entry["scores"]["nll"]))["hyper"] if tried else {}
         return best if tried else method.candidates[0]

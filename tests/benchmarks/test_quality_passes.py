@@ -41,7 +41,7 @@ pytestmark = [
 ]
 METHODS = all_methods()
 CPU = torch.device("cpu")
-STUDIED = ("adamw", "ensemble", "tfb", "ivon_for_lora", "ivon_for_lora_mean")
+STUDIED = ("adamw", "ensemble", "tfb", "ivon_adamw_rate", "ivon_for_lora", "ivon_for_lora_mean")
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,14 @@ def test_ivon_has_the_settings_of_for_lora(job: Job) -> None:
     assert torch.corrcoef(moved)[0, 1] < -0.5
 
 
+def test_ivon_takes_the_rate_that_was_chosen_for_adamw(job: Job) -> None:
+    method = METHODS["ivon_adamw_rate"]
+    expected = IVON.for_lora(job.model, len(job.training_set), learning_rate=3e-4, steps=job.steps, seed=0)
+    state = method.train(job, {"lr": 3e-4})
+    assert state["ess"].item() == pytest.approx(expected.param_groups[0]["ess"], rel=1e-6)
+    assert state["ess"] != METHODS["ivon_for_lora"].train(job, {})["ess"]
+
+
 def test_what_is_tried_beside_for_lora(job: Job) -> None:
     """Each trains in another way, and does what its title says."""
     plain = METHODS["ivon_for_lora"].train(job, {})
@@ -237,6 +245,8 @@ def test_hyperparameters_are_chosen_on_the_first_task_of_a_kind(finished: tuple[
     tried = found["vader_nyt"]["adamw"]["tried"]
     assert [entry["hyper"] for entry in tried] == [dict(each) for each in METHODS["adamw"].long_candidates]
     assert found["vader_nyt"]["ivon_for_lora"]["tried"] == []
+    for task in ("vader_nyt", "arc_easy", "openbookqa"):
+        assert found[task]["ivon_adamw_rate"]["chosen"] == found[task]["adamw"]["chosen"]
 
 
 def test_seeds_of_the_first_task_come_first(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,4 +23,6 @@ def all_methods() -> dict[str, Method]:
     for method in found.values():
         if method.base is not None and (method.base not in found or found[method.base].base is not None):
             raise UserError(f"The method {method.name} has the base {method.base}, which is no method that trains.")
+        if method.like is not None and method.like not in found:
+            raise UserError(f"The method {method.name} is to be trained like {method.like}, which is no method.")
     return dict(sorted(found.items(), key=lambda item: (item[1].base is not None, item[0])))

@@ -110,6 +110,13 @@ class ForLora(Samples):
         return lambda step: None
 
 
+class AtRate(ForLora):
+    """Trained with what :meth:`IVON.for_lora` makes of the learning rate that was chosen for AdamW."""
+
+    def optimizer(self, job: Job, hyper: Hyper) -> IVON:
+        return super().optimizer(job, {"learning_rate": hyper["lr"]})
+
+
 class Frozen(Samples):
     """The Hessian stays what it starts as."""
 
@@ -155,6 +162,7 @@ _SHARES = tuple({"pruned": share} for share in (0.1, 0.3, 0.5, 0.7))
 _PAPER = "Cong et al. 2024, arXiv 2411.04421"
 _TEMPERED = "ivon_kernels.posterior.Posterior.tempered"
 _SCALED = "Rahaman and Thiery, NeurIPS 2021, arXiv 2007.08792 (pool, then calibrate)"
+_AT_RATE = "docs/recipe.md: at the learning rate that AdamW has"
 _FOR_LORA, _TUNED = "docs/recipe.md: nothing is chosen", "docs/recipe.md: learning rate and sigma chosen of four"
 _PAIRS = "antithetic variates: Hammersley and Morton 1956; ivon_kernels.noise.antithetic"
 _RECIPE, _EPOCHS = "benchmarks/results/recipe", "benchmarks/quality/README.md"
@@ -182,6 +190,8 @@ METHODS = (
     ForLora("ivon_for_lora", "IVON for_lora, samples", _FOR_LORA),
     Pairs("ivon_for_lora_pairs", "IVON for_lora, pairs of samples", _PAIRS, base="ivon_for_lora"),
     Ivon("ivon_for_lora_mean", "IVON for_lora, mean", _FOR_LORA, base="ivon_for_lora"),
+    AtRate("ivon_adamw_rate", "IVON for_lora, AdamW's rate, samples", _AT_RATE, like="adamw"),
+    Ivon("ivon_adamw_rate_mean", "IVON for_lora, AdamW's rate, mean", _AT_RATE, base="ivon_adamw_rate"),
     ForLora("ivon_tuned", "IVON tuned, samples", _TUNED, candidates=_RULED),
     Ivon("ivon_tuned_mean", "IVON tuned, mean", _TUNED, base="ivon_tuned"),
     TemperatureScaling("ivon_long_scaled", "IVON, many epochs: scaled mean", TEMPERATURE, base="ivon_long"),
