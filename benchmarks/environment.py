@@ -62,4 +62,6 @@ def write_record(path: Path, content: Mapping[str, Any], packages: Sequence[str]
         if isinstance(value, list) and value and isinstance(value[0], dict):
             text = "[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in value) + "\n]"
         lines.append(f"{json.dumps(name)}: {text}")
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    os.replace(part, path)  # nobody reads a half
