@@ -179,11 +179,16 @@ class Ways:
         heads = [METRICS[key] + (", shift" if group == SHIFT else "") for group, key in columns]
         return table(["", *heads], lines)
 
-    def wins(self) -> str:
-        """Every row of IVON's against every rival with as many passes and the same scaling: won, lost and open."""
+    def wins(self, counts: Sequence[int] = ()) -> str:
+        """Every row of IVON's against every rival with as many passes and the same scaling: won, lost and open.
+
+        With `counts`, samples have rows for these numbers of passes alone.
+        """
         lines = []
         for method in self.ours:
             for row in (row for row in self.rows if row.method == method):
+                if counts and method in self._sampling and row.samples not in counts:
+                    continue
                 found = [self.tally(row, self.at(rival, row.samples, row.scaled)) for rival in self.rivals]
                 total = [sum(each) for each in zip(*found, strict=True)]
                 lines.append([self.called(row), *(" / ".join(map(str, each)) for each in (*found, total))])
