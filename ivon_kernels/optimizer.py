@@ -207,7 +207,8 @@ class IVON(Optimizer):
         Args:
             params: A model, whose trainable parameters are taken, or parameters as for :class:`IVON`.
             num_data: Training examples. The posterior is never warmer than Bayes': ``ess >= num_data``.
-            learning_rate: AdamW's for this run; None is 1e-3, torch's default.
+            learning_rate: AdamW's for this run, or up to four times of it where it is well below 1e-3
+                (docs/recipe.md); None is 1e-3, torch's default.
             steps: Optimizer steps of the whole run.
             epochs: How often each example is seen; None is ``8 * steps / num_data``, of batches of 8.
             sigma: Standard deviation that the noise of LoRA's weights starts with, ``1 / sqrt(ess * hess_init)``. None
