@@ -127,7 +127,8 @@ class Ways:
             found = {column: self.score(view, column[0], row, column[1]) for column in columns}
             cells = [bold(number(value), self.name(row) == leaders[column]) for column, value in found.items()]
             passes = self.score(view, COST, row, "passes")
-            lines.append([self.called(row), *cells, f"{passes.mean:.0f}" if passes.seeds else NOTHING])
+            called = self.called(row) + self.of_seeds(view, row)
+            lines.append([called, *cells, f"{passes.mean:.0f}" if passes.seeds else NOTHING])
         heads = [METRICS[key] + (", shift" if group == SHIFT else "") for group, key in columns]
         return table(["", *heads, "passes"], lines)
 
@@ -151,8 +152,14 @@ class Ways:
         for row, found in zip(lines, values, strict=True):
             cells = [bold(number(value), value.mean == top) for value, top in zip(found, best, strict=True)]
             passes = round(self.score(view, COST, row, "passes").mean)
-            rows.append([self.title(row.method) + (f" ({passes})" if passes > 1 else ""), *cells])
+            called = self.title(row.method) + (f" ({passes})" if passes > 1 else "") + self.of_seeds(view, row)
+            rows.append([called, *cells])
         return table(["", *(METRICS[key] + (", scaled" if scaled else "") for key, scaled in columns)], rows)
+
+    def of_seeds(self, view: str, row: Row) -> str:
+        """A warning where a mean is of fewer seeds than the others': seeds differ by more than methods do."""
+        have, all_of_them = len(self.score(view, IN, row, "nll").seeds), len(self.summary.seeds)
+        return "" if have == all_of_them else f", {have} of {all_of_them} seeds"
 
     def by_passes(self, view: str, group: str, key: str) -> str:
         """A metric of what samples, by the number of passes."""

@@ -409,3 +409,13 @@ def test_other_sizes_record_and_identify_themselves_as_before() -> None:
     assert resolved(size=None, tasks="vader_nyt").tasks == ("vader_nyt",)
     with pytest.raises(UserError, match="--quick is --size quick"):
         resolved(size="full", quick=True)
+
+
+def test_a_mean_of_fewer_seeds_says_so() -> None:
+    record = made({"adamw": lambda s: 0.6 + s / 10, "ivon_for_lora": lambda s: 0.6 + s / 10})
+    kept = [cell for cell in record["cells"] if (cell["method"], cell["seed"]) != ("adamw", 2)]
+    ways = Ways({**record, "cells": kept})
+    for table in (ways.at_a_glance("arc_easy", IN, (2,)), ways.scores("arc_easy")):
+        assert "adamw, 2 of 3 seeds" in table.replace(", scaled", "") and table.count("seeds") <= 2
+        assert "ivon_for_lora" in table and "of 3 seeds" not in table.partition("ivon_for_lora")[2]
+    assert "of 3 seeds" not in Ways(record).scores("arc_easy")
