@@ -115,13 +115,14 @@ class Ways:
     # ---- tables ------------------------------------------------------------------------------------------------------
 
     def scores(self, view: str) -> str:
-        """Every method at its most passes, without and with a temperature; the best of each column is bold."""
+        """Every method at its most passes, without and with a temperature; the best of all seeds is bold."""
         columns = [(group, key) for group in GROUPS for key in DECIDED_BY if key in self.summary.metrics(view, group)]
         rows = [self.at(name, max(self.counts), scaled) for name in self.seen(view) for scaled in (False, True)]
         leaders = {}
         for group, key in columns:
             ranks = self.summary.ranking(view, group, key)
-            leaders[group, key] = next((name for name in ranks if name in map(self.name, rows)), None)
+            whole = [self.name(row) for row in rows if not self.of_seeds(view, row)]
+            leaders[group, key] = next((name for name in ranks if name in whole), None)
         lines = []
         for row in rows:
             found = {column: self.score(view, column[0], row, column[1]) for column in columns}
@@ -146,7 +147,8 @@ class Ways:
             for count in (counts if method in self._sampling and method in self.ours else counts[-1:])
         ]
         values = [[self.score(view, group, replace(row, scaled=s), key) for key, s in columns] for row in lines]
-        means = [[value.mean for value in column] for column in zip(*values, strict=True)]
+        whole = [found for row, found in zip(lines, values, strict=True) if not self.of_seeds(view, row)]
+        means = [[value.mean for value in column] for column in zip(*(whole or values), strict=True)]
         best = [(max if key in HIGHER else min)(column) for (key, _), column in zip(columns, means, strict=True)]
         rows = []
         for row, found in zip(lines, values, strict=True):
