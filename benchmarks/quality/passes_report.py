@@ -277,7 +277,8 @@ def draw(ways: Ways) -> Figure:
                 rows = [row for row in ways.rows if row.method == method and row.scaled == scaled]
                 values = [ways.score(task, IN, row, key).mean for row in rows]
                 ours = method in ways.ours
-                style: dict[str, Any] = {"color": colormaps["tab20"](place % 20), "label": ways.title(method)}
+                few = ways.of_seeds(task, ways.at(method, 1, False)) if method in ways.seen(task) else ""
+                style: dict[str, Any] = {"color": colormaps["tab20"](place % 20), "label": ways.title(method) + few}
                 style |= {"marker": "o" if ours else "s", "markersize": 4, "linewidth": 2.2 if ours else 1}
                 ax.plot([row.samples for row in rows], values, **style)
             ax.set(xscale="log", ylabel=f"{METRICS[key]}{', scaled' if scaled else ''}", xlabel="passes")
