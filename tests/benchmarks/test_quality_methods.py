@@ -71,11 +71,11 @@ class Bench:
         """Trains, or takes what the base has trained, and predicts the test sentences."""
         method, job = METHODS[name], self.job(seed)
         if method.base is None:
-            hyper = method.candidates[0]
+            hyper = METHODS[method.like or name].candidates[0]
             state = method.train(job, hyper)
         else:
             trained = self.outcome(method.base, seed)
-            hyper, state = METHODS[method.base].candidates[0], trained.state
+            hyper, state = trained.hyper, trained.state
             job.write(trained.weights)
         before = job.weights()
         state = method.fit(job, state, hyper)
