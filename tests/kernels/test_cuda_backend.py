@@ -104,7 +104,8 @@ def test_edits_are_adopted(cuda: CudaBackend, dtype: torch.dtype) -> None:
     sides = both(cuda, weights)
     for side in sides:
         for slot in side.slots:
-            slot.mean.add_(1e-4 * randn(*slot.mean.shape, seed=4))  # what 16 bits do not hold must survive
+            noise = randn(*slot.mean.shape, seed=4).to(slot.mean.device)
+            slot.mean.add_(1e-4 * noise)  # what 16 bits do not hold must survive
         side.backend.restore(side.list)
         side.params[0][2:] *= 2
         side.params[1][::7] = -0.0
