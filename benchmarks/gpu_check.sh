@@ -148,7 +148,8 @@ counters() {
     echo "skipped: ncu is not installed"
     return $SKIPPED
   fi
-  limited 60 ncu --clock-control none --csv --launch-skip 20 --launch-count 24 --kernel-name regex:kernel \
+  limited 60 ncu --clock-control none --csv --launch-skip 20 --launch-count 24 \
+    --kernel-name 'regex:^(kernel|(sample|restore|check|accumulate|step)_kernel)$' \
     --metrics gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,sm__warps_active.avg.pct_of_peak_sustained_active \
     --log-file "$out/counters.csv" "$python" -m benchmarks speed --parts steps --workloads flat-100M --rounds 1 --turn-ms 1 \
     --device cuda --no-compile --no-report --out "$work/counted"
