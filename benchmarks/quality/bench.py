@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from ivon_kernels.predict.temperature import fit_temperature, scale
 Content = dict[str, Any]
 Tensors = dict[str, Tensor]
 _WEIGHTS, _STATE = "weights.", "state."
-VALIDATION = "validation"  # beside the domains, in the tensors of a judged cell
+CALIBRATION = "calibration"  # what temperatures are fitted to: beside the domains, in the tensors of a judged cell
 
 
 class Domain(NamedTuple):
@@ -118,8 +118,10 @@ class Bench:
         cost["passes"] = job.passes / len(first.examples)
         cost["predict_ms_per_example"] = 1e3 * cost.pop("predict_seconds") / len(first.examples)
         found |= {domain.task: self._predict(method, job, state, setting, domain) for domain in others}
+        labels = self.validation.examples.labels
         if self.amounts.passes:
-            found[VALIDATION] = self._predict(method, job, state, setting, self.validation)
+            each, labels = method.calibration(job, state, setting, self.validation.examples)
+            found[CALIBRATION] = self._checked(each, len(labels))
         now = self._weights()
         if now.keys() != weights.keys() or not all(torch.equal(now[name], weights[name]) for name in weights):
             raise RuntimeError(f"{method.name} did not leave the adapter's weights as they were")
@@ -128,25 +130,28 @@ class Bench:
             averages = {name: each.mean(0) for name, each in found.items()}
             judged = [self._judged(domain, averages[domain.task]) for domain in self.domains]
             return {**content, "domains": judged}, averages
-        return {**content, "rows": self._rows(found)}, {name: each.float() for name, each in found.items()}
+        rows = self._rows(found, labels, scaled=(True,) if method.scaled else (False, True))
+        return {**content, "rows": rows}, {name: each.float() for name, each in found.items()}
 
     def _predict(self, method: Method, job: Job, state: State, hyper: Hyper, domain: Domain) -> Tensor:
         """Class probabilities ``[samples, examples, classes]``; their average alone where the size asks for no more."""
         each = method.each if self.amounts.passes else method.predict
-        found = each(job, state, hyper, domain.examples).double().cpu()
-        found = found if self.amounts.passes else found[None]
-        wanted = (len(domain.examples), len(self.task.label_words))
+        found = each(job, state, hyper, domain.examples)
+        return self._checked(found if self.amounts.passes else found[None], len(domain.examples))
+
+    def _checked(self, each: Tensor, examples: int) -> Tensor:
+        found, wanted = each.double().cpu(), (examples, len(self.task.label_words))
         if found.shape[1:] != wanted or not bool(found.isfinite().all()):
             raise ValueError(f"predict() must return finite probabilities {wanted}, got {tuple(found.shape[1:])}")
         return found
 
-    def _rows(self, found: Tensors) -> list[Content]:
-        """By averages of so many samples, without and with the temperature that the validation split gives these."""
-        samples, rows = len(found[VALIDATION]), []
+    def _rows(self, found: Tensors, labels: Tensor, scaled: Iterable[bool]) -> list[Content]:
+        """By averages of so many samples, without and with the temperature that the same of `CALIBRATION` gives."""
+        samples, rows = len(found[CALIBRATION]), []
         for count in sorted({count for count in self.amounts.passes if count < samples} | {samples}):
             averages = {name: each[:count].mean(0) for name, each in found.items()}
-            fitted = fit_temperature(averages[VALIDATION].log(), self.validation.examples.labels)
-            for temperature in (None, fitted):
+            fitted = fit_temperature(averages[CALIBRATION].log(), labels)
+            for temperature in (fitted if wanted else None for wanted in scaled):
                 judged = [self._judged(domain, _scaled(averages[domain.task], temperature)) for domain in self.domains]
                 rows.append({"samples": count, "temperature": temperature, "domains": judged})
         return rows

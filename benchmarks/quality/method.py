@@ -171,6 +171,7 @@ class Method:
     base: str | None = None
     like: str | None = None  # trains with the hyperparameters that were chosen for this method
     sampling: ClassVar[bool] = False  # whether a prediction averages the job's samples
+    scaled: ClassVar[bool] = False  # rows with a temperature alone: those without one are its base's
     ablation: bool = False  # here to take something away from IVON, not as a way that anyone would choose
     candidates: Sequence[Hyper] = ({},)  # for training, the most promising first: one run each on the validation split
     long_candidates: Sequence[Hyper] = ()  # the same for runs of many epochs, where other settings are promising
@@ -195,6 +196,10 @@ class Method:
     def predict(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         """Class probabilities of every example, float64 ``[examples, classes]``: the mean over all samples."""
         return self.each(job, state, hyper, examples).mean(0)
+
+    def calibration(self, job: Job, state: State, hyper: Hyper, validation: EncodedExamples) -> tuple[Tensor, Tensor]:
+        """What temperatures are fitted to: probabilities as :meth:`each` has them, and labels int64 ``[examples]``."""
+        return self.each(job, state, hyper, validation), validation.labels
 
     def work(self, samples: int) -> tuple[int, int]:
         """Trainings that it does itself, and forward passes of a test example; of a job with so many samples."""

@@ -78,9 +78,9 @@ class Ways:
         return sorted({row.samples for row in self.rows})
 
     def at(self, method: str, passes: int, scaled: bool) -> Row:
-        """The method with so many passes, or the most that it has below that."""
-        have = [row.samples for row in self.rows if row.method == method and row.samples <= passes]
-        return Row(method, max(have), scaled)
+        """The method with so many passes, or the most that it has below that; scaled where it is nothing else."""
+        have = [row for row in self.rows if row.method == method and row.samples <= passes]
+        return max(have, key=lambda row: (row.scaled == scaled, row.samples))
 
     def has(self, row: Row) -> bool:
         return row in set(self.rows)
@@ -117,7 +117,8 @@ class Ways:
     def scores(self, view: str) -> str:
         """Every method at its most passes, without and with a temperature; the best of all seeds is bold."""
         columns = [(group, key) for group in GROUPS for key in DECIDED_BY if key in self.summary.metrics(view, group)]
-        rows = [self.at(name, max(self.counts), scaled) for name in self.seen(view) for scaled in (False, True)]
+        asked = product(self.seen(view), (False, True))
+        rows = list(dict.fromkeys(self.at(name, max(self.counts), scaled) for name, scaled in asked))
         leaders = {}
         for group, key in columns:
             ranks = self.summary.ranking(view, group, key)
@@ -139,16 +140,19 @@ class Ways:
         `counts` are the numbers of passes that IVON's samples have a line for; other methods have their most. Methods
         of `without` are left out.
         """
-        columns = [("accuracy", False), *((key, scaled) for key in ("nll", "ece") for scaled in (False, True))]
+        columns = [("accuracy", None), *((key, scaled) for key in ("nll", "ece") for scaled in (False, True))]
         lines = [
             self.at(method, count, False)
             for method in self.seen(view)
             if method not in without
             for count in (counts if method in self._sampling and method in self.ours else counts[-1:])
         ]
-        values = [[self.score(view, group, replace(row, scaled=s), key) for key, s in columns] for row in lines]
+        values = [
+            [self.score(view, group, row if s is None else replace(row, scaled=s), key) for key, s in columns]
+            for row in lines
+        ]
         whole = [found for row, found in zip(lines, values, strict=True) if not self.of_seeds(view, row)]
-        means = [[value.mean for value in column] for column in zip(*(whole or values), strict=True)]
+        means = [[value.mean for value in column if value.seeds] for column in zip(*(whole or values), strict=True)]
         best = [(max if key in HIGHER else min)(column) for (key, _), column in zip(columns, means, strict=True)]
         rows = []
         for row, found in zip(lines, values, strict=True):
@@ -170,7 +174,8 @@ class Ways:
             for scaled in (False, True):
                 found = [Row(method, count, scaled) for count in self.counts]
                 cells = [number(self.score(view, group, row, key)) if self.has(row) else NOTHING for row in found]
-                lines.append([f"{self.title(method)}{', scaled' if scaled else ''}", *cells])
+                if any(map(self.has, found)):
+                    lines.append([f"{self.title(method)}{', scaled' if scaled else ''}", *cells])
         return table([METRICS[key], *map(str, self.counts)], lines)
 
     def differences(self, view: str, method: str) -> str:

@@ -68,7 +68,7 @@ LONG = "long"
 LONG_TASKS = ("vader_nyt", "arc_easy", "vader_movie", "openbookqa")
 LONG_METHODS = (
     *("adamw", "mc_dropout", "laplace_all", "laplace_last", "ensemble", "tfb", "blob", "swag"),
-    *("ivon_for_lora", "ivon_for_lora_pairs", "ivon_for_lora_mean"),
+    *("ivon_for_lora", "ivon_for_lora_pairs", "ivon_for_lora_left_out", "ivon_for_lora_mean"),
     *("ivon_adamw_rate", "ivon_adamw_rate_mean", "ivon_tuned", "ivon_tuned_mean"),
 )
 

@@ -21,7 +21,7 @@ from benchmarks.finetune.data import Example
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.quality import settings
-from benchmarks.quality.bench import VALIDATION
+from benchmarks.quality.bench import CALIBRATION
 from benchmarks.quality.method import Job, nll
 from benchmarks.quality.methods import adamw, all_methods, tfb
 from benchmarks.quality.passes import Row, compact, expand
@@ -41,7 +41,10 @@ pytestmark = [
 ]
 METHODS = all_methods()
 CPU = torch.device("cpu")
-STUDIED = ("adamw", "ensemble", "tfb", "ivon_adamw_rate", "ivon_for_lora", "ivon_for_lora_mean")
+STUDIED = (
+    *("adamw", "ensemble", "tfb", "ivon_adamw_rate", "ivon_for_lora"),
+    *("ivon_for_lora_left_out", "ivon_for_lora_mean"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +160,16 @@ def test_ivon_takes_the_rate_that_was_chosen_for_adamw(job: Job) -> None:
     assert state["ess"] != METHODS["ivon_for_lora"].train(job, {})["ess"]
 
 
+def test_examples_left_out_take_the_place_of_the_validation_split(job: Job) -> None:
+    trained = METHODS["ivon_for_lora"].train(job, {})
+    unseen: Any = None  # a validation split that nobody may look at
+    each, labels = METHODS["ivon_for_lora_left_out"].calibration(job, trained, {}, unseen)
+    assert each.shape == (job.samples, len(job.training_set), 3) and torch.isfinite(each).all()
+    assert sorted(labels.tolist()) == sorted(job.training_set.labels.tolist())
+    learned, order = METHODS["ivon_for_lora"].each(job, trained, {}, job.training_set), job.training_set.labels
+    assert metrics.evaluate(each.mean(0), labels).nll > metrics.evaluate(learned.mean(0), order).nll
+
+
 def test_what_is_tried_beside_for_lora(job: Job) -> None:
     """Each trains in another way, and does what its title says."""
     plain = METHODS["ivon_for_lora"].train(job, {})
@@ -213,11 +226,12 @@ def test_rows_are_averages_of_the_first_samples_with_and_without_a_temperature(
     for cell in record["cells"]:
         assert cell["error"] is None
         counts = [1] if cell["method"] in ("adamw", "ivon_for_lora_mean") else [1, 2, 3]
-        assert [row[0] for row in cell["rows"]] == [count for count in counts for _ in range(2)]
-        assert [row[1] is None for row in cell["rows"]] == [True, False] * len(counts)
+        kinds = [False] if cell["method"] == "ivon_for_lora_left_out" else [True, False]
+        assert [row[0] for row in cell["rows"]] == [count for count in counts for _ in kinds]
+        assert [row[1] is None for row in cell["rows"]] == kinds * len(counts)
     (path,) = (out / "cells" / "judged" / "vader_nyt" / "ivon_for_lora").rglob("0.safetensors")
     saved = load_file(path)
-    assert set(saved) == {VALIDATION, *(f"vader_{name}" for name in ("nyt", "movie", "amazon", "tweets"))}
+    assert set(saved) == {CALIBRATION, *(f"vader_{name}" for name in ("nyt", "movie", "amazon", "tweets"))}
     examples = data.load_dataset(TASKS["vader_nyt"], split="test", train_size=1, test_size=20, max_words=10).test
     labels = torch.tensor([example.label for example in examples])
     (cell,) = (c for c in record["cells"] if (c["task"], c["method"], c["seed"]) == ("vader_nyt", "ivon_for_lora", 0))
@@ -233,6 +247,8 @@ def test_a_temperature_costs_no_accuracy_and_no_forward_pass(finished: tuple[Pat
     for cell in finished[1]["cells"]:
         expected = {"adamw": 1, "ivon_for_lora_mean": 1}.get(cell["method"], 3)
         assert cell["cost"]["passes"] == expected
+        if cell["method"] == "ivon_for_lora_left_out":
+            continue  # it has the base's rows, scaled
         for plain, scaled in zip(cell["rows"][::2], cell["rows"][1::2], strict=True):
             assert [scores[0] for scores in plain[2]] == [scores[0] for scores in scaled[2]]
 
@@ -319,6 +335,23 @@ def test_the_report_says_who_wins_and_what_is_missing(finished: tuple[Path, dict
     kept = [cell for cell in record["cells"] if (cell["task"], cell["seed"]) != ("openbookqa", 1)]
     write_report({**record, "cells": kept}, tmp_path)
     assert "openbookqa, seed 1: all methods have not run" in (tmp_path / "report.md").read_text()
+
+
+def test_a_row_with_a_temperature_alone_meets_rivals_without_and_with_one(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    _, record = finished
+    ways, name = Ways(record), "ivon_for_lora_left_out"
+    row = Row(name, 3, True)
+    assert ways.at(name, 3, False) == ways.at(name, 10, True) == row and ways.has(row)
+    lines = ways.differences("vader_nyt", name).splitlines()
+    assert sum("3 passes, scaled less AdamW |" in line for line in lines) == 1
+    assert sum("3 passes, scaled less AdamW, scaled |" in line for line in lines) == 1
+    assert ways.scores("vader_nyt").count("examples left out") == 1
+    (line,) = (line for line in ways.at_a_glance("vader_nyt", IN, (3,)).splitlines() if "left out" in line)
+    assert [cell.strip() == "-" for cell in line.split("|")[2:7]] == [False, True, False, True, False]
+    base = ways.score("vader_nyt", IN, Row("ivon_for_lora", 3, False), "accuracy")
+    assert ways.score("vader_nyt", IN, row, "accuracy") == base
 
 
 def made(values: dict[str, Callable[[int], float]]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.names import weight_names
 from ivon_kernels.noise import in_pairs
 from ivon_kernels.posterior import Posterior
+from ivon_kernels.predict.scoring import Score
 
 STACKED_BATCH = 12  # examples of a forward pass that several samples share
 ESS = "ess"  # in the state, where the optimizer worked it out; no weight has this name
@@ -45,6 +46,15 @@ def posterior_of(job: Job, state: State, hyper: Hyper) -> Posterior:
     return Posterior(gaussians, job.seed)
 
 
+def score_of(job: Job) -> Score:
+    """Class logits of inputs ``input_ids`` and ``last``, as batches of the job's examples have them."""
+
+    def score(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        return job.scorer.logits(inputs["input_ids"], inputs["last"])
+
+    return score
+
+
 def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samples: int | Sequence[int]) -> Tensor:
     """Class probabilities under every sample, or at the mean for 0: float64 ``[samples, examples, classes]``."""
     index: list[int] = []
@@ -54,11 +64,8 @@ def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samp
             index.extend(batch.index)
             yield {"input_ids": batch.input_ids, "last": batch.last}
 
-    def score(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        return job.scorer.logits(inputs["input_ids"], inputs["last"])
-
     found = posterior.predict(
-        job.model, inputs(), samples=samples, score=score, keep_samples=True, progress=False, advise=False
+        job.model, inputs(), samples=samples, score=score_of(job), keep_samples=True, progress=False, advise=False
     ).sample_probabilities
     assert found is not None
     job.passes += (len(found) - 1) * len(index)  # one for each is counted already
@@ -108,6 +115,23 @@ class ForLora(Samples):
     def watch(self, job: Job, found: IVON) -> Callable[[int], None]:
         """What is called after every step, with the number of steps done: some ways to train change things then."""
         return lambda step: None
+
+
+class LeftOut(Samples):
+    """Temperatures are those of the training examples, each as if it had been left out: no validation split is used."""
+
+    scaled = True
+
+    def calibration(self, job: Job, state: State, hyper: Hyper, validation: EncodedExamples) -> tuple[Tensor, Tensor]:
+        inputs = (
+            {"input_ids": batch.input_ids, "last": batch.last, "labels": batch.labels}
+            for batch in job.batches(job.training_set, STACKED_BATCH)
+        )
+        found = posterior_of(job, state, hyper).leave_one_out(
+            job.model, inputs, samples=job.samples, score=score_of(job), keep_samples=True, progress=False
+        )
+        assert found.sample_probabilities is not None and found.labels is not None
+        return found.sample_probabilities, found.labels
 
 
 class AtRate(ForLora):
@@ -165,6 +189,7 @@ _SCALED = "Rahaman and Thiery, NeurIPS 2021, arXiv 2007.08792 (pool, then calibr
 _AT_RATE = "docs/recipe.md: at the learning rate that AdamW has"
 _FOR_LORA, _TUNED = "docs/recipe.md: nothing is chosen", "docs/recipe.md: learning rate and sigma chosen of four"
 _PAIRS = "antithetic variates: Hammersley and Morton 1956; ivon_kernels.noise.antithetic"
+_LEFT_OUT = "Nickl et al., NeurIPS 2023, arXiv 2310.19273; docs/wrong-labels.md"
 _RECIPE, _EPOCHS = "benchmarks/results/recipe", "benchmarks/quality/README.md"
 
 METHODS = (
@@ -189,6 +214,7 @@ METHODS = (
     ),
     ForLora("ivon_for_lora", "IVON for_lora, samples", _FOR_LORA),
     Pairs("ivon_for_lora_pairs", "IVON for_lora, pairs of samples", _PAIRS, base="ivon_for_lora"),
+    LeftOut("ivon_for_lora_left_out", "IVON for_lora, scaled by examples left out", _LEFT_OUT, base="ivon_for_lora"),
     Ivon("ivon_for_lora_mean", "IVON for_lora, mean", _FOR_LORA, base="ivon_for_lora"),
     AtRate("ivon_adamw_rate", "IVON for_lora, AdamW's rate, samples", _AT_RATE, like="adamw"),
     Ivon("ivon_adamw_rate_mean", "IVON for_lora, AdamW's rate, mean", _AT_RATE, base="ivon_adamw_rate"),
