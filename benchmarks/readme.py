@@ -23,10 +23,10 @@ from benchmarks.finetune.compare import table as differences
 from benchmarks.pairs import PAIRS
 from benchmarks.pairs import table as compared
 from benchmarks.quality.passes_report import Ways
-from benchmarks.quality.summary import COST, IN, METRICS, SHIFT, Summary, bold, mark, number
-from benchmarks.speed.record import read
+from benchmarks.quality.summary import BASELINE, COST, HIGHER, IN, METRICS, SHIFT, Summary, bold, mark, number
+from benchmarks.speed.record import Record, read
 from benchmarks.tables import NOTHING, markdown
-from ivon_kernels.report.plots import BLUE
+from ivon_kernels.report.plots import BLUE, ORANGE
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
@@ -50,6 +50,10 @@ _COLUMNS = tuple((group, key) for group in (IN, SHIFT) for key in _QUALITY)
 _LONG = "quality-240"
 _PASSES = (2, 10)
 _ARC = "arc_easy"
+_EQUAL = "quality-long/quality.json"
+_TASKS = {"vader_nyt": "newspapers", _ARC: "ARC-Easy"}
+_GAINS = (("accuracy", False), ("nll", False), ("nll", True), ("ece", False), ("ece", True))
+_VARIANTS = ("ivon_for_lora_pairs", "ivon_for_lora_left_out", "ivon_adamw_rate", "ivon_adamw_rate_mean")
 _WORKLOADS = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "128-tiny", "450-tiny")
 _BASELINE = "AdamW (fused)"
 _CONTENDERS = {
@@ -70,8 +74,60 @@ def fill(document: str, root: Path) -> str:
 
 
 def draw(root: Path) -> None:
-    """README's pictures: three ways to predict after ten epochs, and four ways to take a step."""
-    summary, record = Summary(_read(root / RESULTS / _LONG / "quality.json")), read(root / RESULTS / "speed/speed.json")
+    """The documents' pictures: what is gained over AdamW, how sure and how often right, and what a step takes."""
+    found = {
+        "gains": draw_gains(Ways(_read(root / RESULTS / _EQUAL))),
+        "reliability": _draw_reliability(Summary(_read(root / RESULTS / _LONG / "quality.json"))),
+        "speed": _draw_speed(read(root / RESULTS / "speed" / "speed.json")),
+    }
+    for name, figure in found.items():
+        path = root / PICTURES / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
+def draw_gains(ways: Ways) -> Figure:
+    """Differences to AdamW, paired by seed, of what README's tables have: a row for each, a color for each task."""
+    tasks = {task: title for task, title in _TASKS.items() if task in ways.summary.tasks}
+    by_task = {task: shown(ways, task) for task in tasks}
+    names = [name for name in ways.methods if name != BASELINE and any(name in found for found in by_task.values())]
+    places = {name: len(names) - place for place, name in enumerate(names)}
+    figure, axes = plt.subplots(1, len(_GAINS), figsize=(9, 0.9 + 0.34 * len(names)), layout="constrained", sharey=True)
+    for ax, (key, scaled) in zip(axes, _GAINS, strict=True):
+        for (task, title), color, shift in zip(tasks.items(), (BLUE, ORANGE), (0.13, -0.13), strict=False):
+            for name in (name for name in names if name in by_task[task]):
+                ours, other = (ways.at(method, max(ways.counts), scaled) for method in (name, BASELINE))
+                gap = ways.less(task, IN, ours, other, key)
+                style: dict[str, Any] = {"color": color, "marker": "o" if name in ways.ours else "s", "markersize": 5}
+                style |= {"markerfacecolor": color if gap.verdict(key) else "white"}
+                ax.errorbar(gap.mean, places[name] + shift, xerr=gap.error, **style)
+            ax.plot([], [], "o", color=color, label=title)
+        ax.axvline(0, color="0.4", linewidth=0.9)
+        better = "better \N{RIGHTWARDS ARROW}" if key in HIGHER else "\N{LEFTWARDS ARROW} better"
+        ax.set_title(f"{METRICS[key]}{', scaled' if scaled else ''}\n{better}", fontsize=10)
+        ax.grid(alpha=0.25, axis="x")
+        ax.spines[["top", "right", "left"]].set_visible(False)
+        ax.tick_params(axis="y", length=0)
+        ax.locator_params(axis="x", nbins=3)
+        ax.tick_params(axis="x", labelsize=8)
+    axes[0].set_yticks([places[name] for name in names], [_passes_of(ways, name) for name in names])
+    for label, name in zip(axes[0].get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if name in ways.ours else "normal")
+    figure.supxlabel("less AdamW (the line), mean and standard error; filled: by more than two of these", fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _passes_of(ways: Ways, method: str) -> str:
+    row = ways.at(method, max(ways.counts), False)
+    found = (ways.score(task, COST, row, "passes") for task in ways.summary.tasks)
+    most = next(round(passes.mean) for passes in found if passes.seeds)
+    return ways.title(method) + (f" ({most})" if most > 1 else "")
+
+
+def _draw_reliability(summary: Summary) -> Figure:
+    """Three ways to predict after ten epochs."""
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.3), layout="constrained", sharex=True, sharey=True)
     for ax, (method, title), color in zip(axes, _SHOWN.items(), ("0.4", BLUE, BLUE), strict=True):
         points = summary.reliability(summary.views[0], IN, method)
@@ -84,7 +140,11 @@ def draw(root: Path) -> None:
         ax.text(0.05, 0.9, f"ECE {score.mean:.3f}", transform=ax.transAxes)
         ax.set(title=title, xlabel="how sure it is", xlim=(0.3, 1), ylim=(0.3, 1))
     axes[0].set_ylabel("how often it is right")
-    _save(figure, root / PICTURES / "reliability.png")
+    return figure
+
+
+def _draw_speed(record: Record) -> Figure:
+    """Four ways to take a step."""
     found = record.measured("steps").query("dtype == 'float32' and quantity == 'step' and workload == @_WORKLOADS[0]")
     times = found.set_index("contender")["p50"].loc[[_BASELINE, *list(_CONTENDERS)[:2], "ivon-opt 0.1.3"]]
     figure, ax = plt.subplots(figsize=(7, 1.9), layout="constrained")
@@ -95,13 +155,7 @@ def draw(root: Path) -> None:
     ax.invert_yaxis()
     ax.set(xlabel="one step of Llama-2-7B's LoRA, ms", xlim=(0, 1.12 * times.max()))
     ax.spines[["top", "right"]].set_visible(False)
-    _save(figure, root / PICTURES / "speed.png")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    return figure
 
 
 def write() -> None:
@@ -139,13 +193,18 @@ def quality(results: Path, study: str) -> str:
 
 def passes(results: Path, make: Callable[[Ways, str], str], task: str = "vader_nyt") -> str:
     """A table of the study at equal numbers of passes."""
-    return make(Ways(_read(results / "quality-long" / "quality.json")), task)
+    return make(Ways(_read(results / _EQUAL)), task)
+
+
+def shown(ways: Ways, view: str) -> list[str]:
+    """README's choice of the methods: what someone would take, where all seeds have run."""
+    whole = [name for name in ways.seen(view) if not ways.of_seeds(view, ways.at(name, 1, False))]
+    return [name for name in whole if name not in _VARIANTS]
 
 
 def gains(ways: Ways, view: str) -> str:
-    """README's choice of the lines: what someone would take, at its most passes, where all seeds have run."""
-    without = ["ivon_for_lora_pairs", "ivon_adamw_rate", "ivon_adamw_rate_mean"]
-    without += [method for method in ways.seen(view) if ways.of_seeds(view, ways.at(method, 1, False))]
+    """README's methods, each at its most passes."""
+    without = [name for name in ways.seen(view) if name not in shown(ways, view)]
     return ways.at_a_glance(view, IN, _PASSES[-1:], without)
 
 

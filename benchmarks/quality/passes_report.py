@@ -186,7 +186,7 @@ class Ways:
             ours = self.at(method, max(self.counts), scaled)
             for rival in (name for name in self.seen(view) if name in self.rivals):
                 other = self.at(rival, max(self.counts), scaled)
-                found = [(self._less(view, group, ours, other, key), key) for group, key in columns]
+                found = [(self.less(view, group, ours, other, key), key) for group, key in columns]
                 lines.append(
                     [f"{self.called(ours)} less {self.called(other)}", *(mark(gap, key) for gap, key in found)]
                 )
@@ -213,7 +213,7 @@ class Ways:
         verdicts = [
             gap.verdict(key)
             for task, group, key in self.summary.comparisons()
-            if key in DECIDED_BY and (gap := self._less(task, group, ours, other, key)).seeds
+            if key in DECIDED_BY and (gap := self.less(task, group, ours, other, key)).seeds
         ]
         return verdicts.count(1), verdicts.count(-1), verdicts.count(0)
 
@@ -233,12 +233,13 @@ class Ways:
                     lines.append([f"{self.called(ours)} less {self.called(other)}", *text])
         return table(["", *(METRICS[key] for key in keys)], lines)
 
-    def _less(self, view: str, group: str, ours: Row, other: Row, key: str) -> Estimate:
+    def less(self, view: str, group: str, ours: Row, other: Row, key: str) -> Estimate:
+        """One row less another, paired by seed."""
         return self.summary.difference(view, group, self.name(ours), key, self.name(other))
 
     def _pool(self, group: str, ours: Row, other: Row, key: str) -> Estimate:
         """The mean over the tasks of the differences; its variance is the sum of theirs over the squared number."""
-        found = [self._less(task, group, ours, other, key) for task in self.summary.tasks]
+        found = [self.less(task, group, ours, other, key) for task in self.summary.tasks]
         gaps = [gap for gap in found if gap.seeds]
         if not gaps:
             return Estimate(float("nan"), None, ())
