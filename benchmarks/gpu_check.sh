@@ -178,7 +178,7 @@ main() {
   part racecheck sanitize racecheck
   part tests gpu_tests 140 "${tests[@]}"
   part steps benchmark steps 110 150
-  part host benchmark host 20 25
+  part host benchmark host 20 60
   echo "== summary"
   printf '%s\n' "${summary[@]}"
   if [[ -e $out/speed.json ]]; then
