@@ -70,8 +70,10 @@ class Earlier:
         before, now = self.record, {_key(cell): cell for cell in content["cells"]}
         united = {key: _union(before["settings"][key], settings[key]) for key in _UNITED}
         cells = {**{_key(cell): cell for cell in before["cells"]}, **now}
+        methods = {**before["methods"], **content["methods"]}
+        known = {**united, "methods": _union(united["methods"], methods)}  # one that is asked for may need another
         order = sorted(
-            cells, key=lambda key: tuple(united[name].index(part) for name, part in zip(_UNITED, key, strict=True))
+            cells, key=lambda key: tuple(known[name].index(part) for name, part in zip(_UNITED, key, strict=True))
         )
         chosen = {
             task: {
@@ -83,7 +85,7 @@ class Earlier:
         return {
             **content,
             "settings": {**settings, **united},
-            "methods": {**before["methods"], **content["methods"]},
+            "methods": methods,
             "hyperparameters": chosen,
             "cells": [cells[key] for key in order],
             "domains": {**before["domains"], **content["domains"]},
