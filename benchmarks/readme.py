@@ -53,7 +53,10 @@ _ARC = "arc_easy"
 _EQUAL = "quality-long/quality.json"
 _TASKS = {"vader_nyt": "newspapers", _ARC: "ARC-Easy"}
 _GAINS = (("accuracy", False), ("nll", False), ("nll", True), ("ece", False), ("ece", True))
-_VARIANTS = ("ivon_for_lora_pairs", "ivon_for_lora_left_out", "ivon_adamw_rate", "ivon_adamw_rate_mean")
+_VARIANTS = (
+    *("ivon_for_lora_pairs", "ivon_for_lora_left_out", "ivon_adamw_rate", "ivon_adamw_rate_mean"),
+    *("ivon_tuned", "ivon_tuned_mean"),
+)
 _WORKLOADS = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "128-tiny", "450-tiny")
 _BASELINE = "AdamW (fused)"
 _CONTENDERS = {
@@ -300,7 +303,6 @@ def stacking(results: Path) -> str:
 TABLES: dict[str, Callable[[Path], str]] = {
     "quality": partial(quality, study="quality"),
     "gains": partial(passes, make=gains),
-    "gains_arc": partial(passes, make=gains, task=_ARC),
     "pairs": pairs,
     "quality_long": partial(quality, study=_LONG),
     "repaired": repaired,

@@ -114,6 +114,9 @@ def leave_one_out(
         temperature = posterior.leave_one_out(model, training_loader).fit_temperature()
         posterior.predict(model, loader).scaled(temperature)
 
+    Not after :meth:`ivon_kernels.IVON.for_lora`: its sigma is chosen for the noise, examples seem to have moved the
+    model less than they have, and the temperature is far too low (docs/wrong-labels.md has the measurement).
+
     Exact, with the leverage and ``num_data``, is linear and ridge regression with orthogonal inputs
     (:func:`shift_without`); for logistic regression it is one Newton step. The posterior's variances are those of each
     weight by itself: what several weights have in common is counted for each, so that in networks the order of the
