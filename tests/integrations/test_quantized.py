@@ -36,7 +36,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama on disk."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("llama")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    # At least a block of 64 wide: where processors know bfloat16, bitsandbytes packs 4-bit weights anew for inference.
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, initializer_range=0.2, **sizes)).save_pretrained(
         path
     )
