@@ -114,19 +114,14 @@ def draw_gains(ways: Ways) -> Figure:
         ax.tick_params(axis="y", length=0)
         ax.locator_params(axis="x", nbins=3)
         ax.tick_params(axis="x", labelsize=8)
-    axes[0].set_yticks([places[name] for name in names], [_passes_of(ways, name) for name in names])
+    seen = {name: next(task for task in tasks if name in by_task[task]) for name in names}
+    called = [ways.brief(seen[name], ways.at(name, max(ways.counts), False)) for name in names]
+    axes[0].set_yticks([places[name] for name in names], called)
     for label, name in zip(axes[0].get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name in ways.ours else "normal")
     figure.supxlabel("less AdamW (the line), mean and standard error; filled: by more than two of these", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return figure
-
-
-def _passes_of(ways: Ways, method: str) -> str:
-    row = ways.at(method, max(ways.counts), False)
-    found = (ways.score(task, COST, row, "passes") for task in ways.summary.tasks)
-    most = next(round(passes.mean) for passes in found if passes.seeds)
-    return ways.title(method) + (f" ({most})" if most > 1 else "")
 
 
 def _draw_reliability(summary: Summary) -> Figure:

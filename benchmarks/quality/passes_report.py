@@ -93,6 +93,11 @@ class Ways:
         """What tables call it."""
         return self.summary.title(self.name(row))
 
+    def brief(self, view: str, row: Row) -> str:
+        """The method, and in brackets the passes of a prediction where they are several."""
+        passes = round(self.score(view, COST, row, "passes").mean)
+        return self.title(row.method) + (f" ({passes})" if passes > 1 else "")
+
     def title(self, method: str) -> str:
         return str(self.record["methods"][method]["title"])
 
@@ -157,9 +162,7 @@ class Ways:
         rows = []
         for row, found in zip(lines, values, strict=True):
             cells = [bold(number(value), value.mean == top) for value, top in zip(found, best, strict=True)]
-            passes = round(self.score(view, COST, row, "passes").mean)
-            called = self.title(row.method) + (f" ({passes})" if passes > 1 else "") + self.of_seeds(view, row)
-            rows.append([called, *cells])
+            rows.append([self.brief(view, row) + self.of_seeds(view, row), *cells])
         return table(["", *(METRICS[key] + (", scaled" if scaled else "") for key, scaled in columns)], rows)
 
     def of_seeds(self, view: str, row: Row) -> str:

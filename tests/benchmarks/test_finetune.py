@@ -221,9 +221,10 @@ def test_without_a_network_a_hub_task_ends_in_one_sentence(tmp_path: Path) -> No
     arguments = [sys.executable, "-m", "benchmarks", *command("finetune", task="boolq", out=tmp_path / "out")]
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    # A library may have a line of its own before: bitsandbytes has where processors know bfloat16.
-    assert done.stderr.splitlines()[-1].startswith("Error: Task boolq could not be loaded from the Hugging Face hub")
-    assert done.stderr.count("Error: ") == 1 and "Traceback" not in done.stderr
+    # bitsandbytes has a line of its own where processors know bfloat16; nothing else may stand there.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("Failed to load CPU gemm_4bit_forward")]
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: Task boolq could not be loaded from the Hugging Face hub")
 
 
 def test_a_missing_default_model_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
