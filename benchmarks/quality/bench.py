@@ -118,18 +118,18 @@ class Bench:
         cost["passes"] = job.passes / len(first.examples)
         cost["predict_ms_per_example"] = 1e3 * cost.pop("predict_seconds") / len(first.examples)
         found |= {domain.task: self._predict(method, job, state, setting, domain) for domain in others}
-        labels = self.validation.examples.labels
-        if self.amounts.passes:
-            each, labels = method.calibration(job, state, setting, self.validation.examples)
-            found[CALIBRATION] = self._checked(each, len(labels))
+        several = bool(self.amounts.passes)
+        calibration = method.calibration(job, state, setting, self.validation.examples) if several else None
         now = self._weights()
         if now.keys() != weights.keys() or not all(torch.equal(now[name], weights[name]) for name in weights):
             raise RuntimeError(f"{method.name} did not leave the adapter's weights as they were")
         content = {"hyper": dict(hyper), "dials": dials, "cost": cost}
-        if not self.amounts.passes:
+        if calibration is None:
             averages = {name: each.mean(0) for name, each in found.items()}
             judged = [self._judged(domain, averages[domain.task]) for domain in self.domains]
             return {**content, "domains": judged}, averages
+        each, labels = calibration
+        found[CALIBRATION] = self._checked(each, len(labels))
         rows = self._rows(found, labels, scaled=(True,) if method.scaled else (False, True))
         return {**content, "rows": rows}, {name: each.float() for name, each in found.items()}
 
