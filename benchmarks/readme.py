@@ -22,7 +22,7 @@ from benchmarks.finetune.compare import Difference
 from benchmarks.finetune.compare import table as differences
 from benchmarks.pairs import PAIRS
 from benchmarks.pairs import table as compared
-from benchmarks.quality.passes_report import Ways
+from benchmarks.quality.passes_report import FOR_LORA, Ways
 from benchmarks.quality.summary import BASELINE, COST, HIGHER, IN, METRICS, SHIFT, Summary, bold, mark, number
 from benchmarks.speed.record import Record, read
 from benchmarks.tables import NOTHING, markdown
@@ -53,10 +53,7 @@ _ARC = "arc_easy"
 _EQUAL = "quality-long/quality.json"
 _TASKS = {"vader_nyt": "newspapers", _ARC: "ARC-Easy"}
 _GAINS = (("accuracy", False), ("nll", False), ("nll", True), ("ece", False), ("ece", True))
-_VARIANTS = (
-    *("ivon_for_lora_pairs", "ivon_for_lora_left_out", "ivon_adamw_rate", "ivon_adamw_rate_mean"),
-    *("ivon_tuned", "ivon_tuned_mean"),
-)
+_MEAN = f"{FOR_LORA}_mean"
 _WORKLOADS = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "128-tiny", "450-tiny")
 _BASELINE = "AdamW (fused)"
 _CONTENDERS = {
@@ -197,13 +194,18 @@ def passes(results: Path, make: Callable[[Ways, str], str], task: str = "vader_n
 def shown(ways: Ways, view: str) -> list[str]:
     """README's choice of the methods: what someone would take, where all seeds have run."""
     whole = [name for name in ways.seen(view) if not ways.of_seeds(view, ways.at(name, 1, False))]
-    return [name for name in whole if name not in _VARIANTS]
+    return [name for name in whole if name in (*ways.rivals, FOR_LORA, _MEAN)]
 
 
 def gains(ways: Ways, view: str) -> str:
     """README's methods, each at its most passes."""
     without = [name for name in ways.seen(view) if name not in shown(ways, view)]
     return ways.at_a_glance(view, IN, _PASSES[-1:], without)
+
+
+def glance(ways: Ways, view: str, group: str = IN) -> str:
+    """All methods but what was tried on top of `for_lora`, which has a table of its own."""
+    return ways.at_a_glance(view, group, _PASSES, [name for name in ways.variants if name != _MEAN])
 
 
 def repaired(results: Path) -> str:
@@ -301,9 +303,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "pairs": pairs,
     "quality_long": partial(quality, study=_LONG),
     "repaired": repaired,
-    "glance": partial(passes, make=lambda ways, view: ways.at_a_glance(view, IN, _PASSES)),
-    "glance_arc": partial(passes, make=lambda ways, view: ways.at_a_glance(view, IN, _PASSES), task=_ARC),
-    "glance_shift": partial(passes, make=lambda ways, view: ways.at_a_glance(view, SHIFT, _PASSES)),
+    "glance": partial(passes, make=glance),
+    "glance_arc": partial(passes, make=glance, task=_ARC),
+    "glance_shift": partial(passes, make=partial(glance, group=SHIFT)),
+    "tried": partial(passes, make=lambda ways, view: ways.tried(view, _PASSES)),
     "passes_nll": partial(passes, make=lambda ways, view: ways.by_passes(view, IN, "nll")),
     "wins": partial(passes, make=lambda ways, view: ways.wins(_PASSES)),
     "speed": speed,

@@ -39,6 +39,7 @@ from benchmarks.tables import NOTHING
 TEMPLATE = "passes.md"
 DECIDED_BY = ("accuracy", "nll", "ece", "brier")  # what wins are counted in
 PICTURE = "passes.png"
+FOR_LORA = "ivon_for_lora"  # what variants of IVON are compared with
 
 
 def print_tables(console: Console, record: dict[str, Any]) -> None:
@@ -59,7 +60,8 @@ def write_report(record: dict[str, Any], folder: Path) -> None:
 class Ways:
     """A record of passes, summarised: `methods` by name in the order of tables, and the rows of each.
 
-    `ours` are IVON's and `rivals` the others.
+    `ours` are IVON's and `rivals` the others; `variants` are what was tried on top of `FOR_LORA`, and of these the
+    ablations are not among `ours`.
     """
 
     def __init__(self, record: dict[str, Any]) -> None:
@@ -69,8 +71,11 @@ class Ways:
         with_rows = {row.method for row in self.rows}
         order = sorted(record["methods"], key=lambda name: (name.startswith("ivon"), name != "adamw", name))
         self.methods = [name for name in order if name in with_rows]
-        self.ours = [name for name in self.methods if name.startswith("ivon")]
-        self.rivals = [name for name in self.methods if name not in self.ours]
+        ivon, about = [name for name in self.methods if name.startswith("ivon")], record["methods"]
+        self.ours = [name for name in ivon if not about[name]["ablation"]]
+        self.rivals = [name for name in self.methods if name not in ivon]
+        on_top = [name for name in ivon if about[name]["ablation"] or about[name]["base"] == FOR_LORA]
+        self.variants = on_top if FOR_LORA in ivon else []
 
     @cached_property
     def counts(self) -> list[int]:
@@ -136,7 +141,7 @@ class Ways:
             passes = self.score(view, COST, row, "passes")
             called = self.called(row) + self.of_seeds(view, row)
             lines.append([called, *cells, f"{passes.mean:.0f}" if passes.seeds else NOTHING])
-        heads = [METRICS[key] + (", shift" if group == SHIFT else "") for group, key in columns]
+        heads = [_head(group, key) for group, key in columns]
         return table(["", *heads, "passes"], lines)
 
     def at_a_glance(self, view: str, group: str, counts: Sequence[int], without: Sequence[str] = ()) -> str:
@@ -163,7 +168,7 @@ class Ways:
         for row, found in zip(lines, values, strict=True):
             cells = [bold(number(value), value.mean == top) for value, top in zip(found, best, strict=True)]
             rows.append([self.brief(view, row) + self.of_seeds(view, row), *cells])
-        return table(["", *(METRICS[key] + (", scaled" if scaled else "") for key, scaled in columns)], rows)
+        return table(["", *(_head(IN, key, bool(scaled)) for key, scaled in columns)], rows)
 
     def of_seeds(self, view: str, row: Row) -> str:
         """A warning where a mean is of fewer seeds than the others': seeds differ by more than methods do."""
@@ -193,8 +198,26 @@ class Ways:
                 lines.append(
                     [f"{self.called(ours)} less {self.called(other)}", *(mark(gap, key) for gap, key in found)]
                 )
-        heads = [METRICS[key] + (", shift" if group == SHIFT else "") for group, key in columns]
+        heads = [_head(group, key) for group, key in columns]
         return table(["", *heads], lines)
+
+    def tried(self, view: str, counts: Sequence[int]) -> str:
+        """What was tried on top of `FOR_LORA`, less it with as many passes and the same scaling, paired by seed."""
+        asked = [(IN, "accuracy", True), *product((IN,), ("nll", "ece"), (False, True))]
+        asked += [(SHIFT, "accuracy", True), (SHIFT, "nll", True)]
+        columns = [column for column in asked if column[1] in self.summary.metrics(view, column[0])]
+        variants = [name for name in self.variants if name in self.seen(view)]
+        lines = []
+        for row in (row for name in variants for row in self.rows if row.method == name and row.scaled):
+            if row.samples not in (counts if row.method in self._sampling else (1,)):
+                continue
+            cells = []
+            for group, key, scaled in columns:
+                ours, other = (Row(name, row.samples, scaled) for name in (row.method, FOR_LORA))
+                cells.append(mark(self.less(view, group, ours, other, key), key) if self.has(ours) else NOTHING)
+            lines.append([self.brief(view, row), *cells])
+        heads = [_head(group, key, scaled and key != "accuracy") for group, key, scaled in columns]
+        return table([f"less {self.title(FOR_LORA)}", *heads], lines)
 
     def wins(self, counts: Sequence[int] = ()) -> str:
         """Every row of IVON's against every rival with as many passes and the same scaling: won, lost and open.
@@ -273,6 +296,11 @@ class Ways:
                     found.append(f"{task}, seed {seed}: {'all methods' if whole else ', '.join(names)} have not run")
         failed = ((key, error) for key, error in known.items() if error is not None)
         return found + [f"{task}, seed {seed}: {name} failed: {error}" for (task, name, seed), error in failed]
+
+
+def _head(group: str, key: str, scaled: bool = False) -> str:
+    """What tables call a metric."""
+    return METRICS[key] + (", scaled" if scaled else "") + (", shift" if group == SHIFT else "")
 
 
 def draw(ways: Ways) -> Figure:

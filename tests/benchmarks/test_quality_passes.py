@@ -357,13 +357,16 @@ def test_a_row_with_a_temperature_alone_meets_rivals_without_and_with_one(
     assert ways.score("vader_nyt", IN, row, "accuracy") == base
 
 
+SAMPLING = ("ivon_for_lora", "ivon_annealed")
+
+
 def made(values: dict[str, Callable[[int], float]]) -> dict[str, Any]:
     """A record of three seeds with these errors by method; IVON's has two numbers of passes."""
     cells = []
     for method, value in values.items():
         for seed in range(3):
             rows = []
-            for count in (1, 2) if method == "ivon_for_lora" else (1,):
+            for count in (1, 2) if method in SAMPLING else (1,):
                 scores = dict.fromkeys(METRICS, value(seed) / count)
                 domain = {"task": "arc_easy", "shift": False, "examples": 100, "vote_entropy": None, "scores": scores}
                 rows += [{"samples": count, "temperature": t, "domains": [domain]} for t in (None, 2.0)]
@@ -399,6 +402,35 @@ def test_the_table_at_a_glance_has_a_line_for_each_number_of_passes() -> None:
     assert lines[0][0] == "accuracy" and titles == ("adamw", "ivon_for_lora", "ivon_for_lora (2)")
     assert ways.at_a_glance("arc_easy", IN, (1,), ["adamw"]).count("\n") == 2
     assert means == [("0.600", "**0.800", "0.400"), *[("0.600", "0.800", "**0.400")] * 4]
+
+
+def test_variants_are_compared_with_what_they_vary() -> None:
+    noise = (0.0, 0.01, -0.01)
+    record = made(
+        {
+            "adamw": lambda s: 0.6,
+            "ivon_for_lora": lambda s: 0.8 + noise[s],
+            "ivon_for_lora_mean": lambda s: 0.79,
+            "ivon_annealed": lambda s: 0.4 + noise[s],
+        }
+    )
+    record["methods"]["ivon_for_lora_mean"]["base"] = "ivon_for_lora"
+    record["methods"]["ivon_annealed"]["ablation"] = True
+    ways = Ways(record)
+    assert ways.variants == ["ivon_annealed", "ivon_for_lora_mean"] and ways.rivals == ["adamw"]
+    assert ways.ours == ["ivon_for_lora", "ivon_for_lora_mean"] and "annealed" not in ways.wins()
+    head, _, *lines = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in ways.tried("arc_easy", (2,)).splitlines()
+    )
+    assert head == ["less ivon_for_lora", "accuracy", "NLL", "NLL, scaled", "ECE", "ECE, scaled"]
+    # Two samples have half the score, and a mean is compared with one; a difference without an error is decided.
+    assert lines == [
+        ["ivon_annealed (2)", "-0.200 ± 0.000 ✗", *["-0.200 ± 0.000 ✓"] * 4],
+        ["ivon_for_lora_mean", *["-0.010 ± 0.006"] * 5],
+    ]
+    del record["methods"]["ivon_for_lora"]
+    kept = [cell for cell in record["cells"] if cell["method"] != "ivon_for_lora"]
+    assert Ways({**record, "cells": kept}).variants == []
 
 
 def test_a_record_of_passes_reads_as_methods_of_their_own() -> None:
