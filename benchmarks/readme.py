@@ -26,7 +26,7 @@ from benchmarks.quality.passes_report import FOR_LORA, Ways
 from benchmarks.quality.summary import BASELINE, COST, HIGHER, IN, METRICS, SHIFT, Summary, bold, mark, number
 from benchmarks.speed.record import Record, read
 from benchmarks.tables import NOTHING, markdown
-from ivon_kernels.report.plots import BLUE, ORANGE
+from ivon_kernels.report.plots import BLUE, GREEN, ORANGE
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
@@ -51,7 +51,8 @@ _LONG = "quality-240"
 _PASSES = (2, 10)
 _ARC = "arc_easy"
 _EQUAL = "quality-long/quality.json"
-_TASKS = {"vader_nyt": "newspapers", _ARC: "ARC-Easy"}
+_MOVIE = "vader_movie"
+_TASKS = {"vader_nyt": "newspapers", _ARC: "ARC-Easy", _MOVIE: "film reviews"}
 _GAINS = (("accuracy", False), ("nll", False), ("nll", True), ("ece", False), ("ece", True))
 _MEAN = f"{FOR_LORA}_mean"
 _WORKLOADS = ("llama-2-7b-r8-qv", "smollm2-135m-r8-qv", "128-tiny", "450-tiny")
@@ -93,9 +94,10 @@ def draw_gains(ways: Ways) -> Figure:
     by_task = {task: shown(ways, task) for task in tasks}
     names = [name for name in ways.methods if name != BASELINE and any(name in found for found in by_task.values())]
     places = {name: len(names) - place for place, name in enumerate(names)}
-    figure, axes = plt.subplots(1, len(_GAINS), figsize=(9, 0.9 + 0.34 * len(names)), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(_GAINS), figsize=(9, 0.9 + 0.4 * len(names)), layout="constrained", sharey=True)
+    colors, shifts = (BLUE, ORANGE, GREEN), (0.22, 0, -0.22)
     for ax, (key, scaled) in zip(axes, _GAINS, strict=True):
-        for (task, title), color, shift in zip(tasks.items(), (BLUE, ORANGE), (0.13, -0.13), strict=False):
+        for (task, title), color, shift in zip(tasks.items(), colors, shifts, strict=False):
             for name in (name for name in names if name in by_task[task]):
                 ours, other = (ways.at(method, max(ways.counts), scaled) for method in (name, BASELINE))
                 gap = ways.less(task, IN, ours, other, key)
@@ -117,7 +119,7 @@ def draw_gains(ways: Ways) -> Figure:
     for label, name in zip(axes[0].get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if name in ways.ours else "normal")
     figure.supxlabel("less AdamW (the line), mean and standard error; filled: by more than two of these", fontsize=9)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     return figure
 
 
@@ -305,6 +307,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "repaired": repaired,
     "glance": partial(passes, make=glance),
     "glance_arc": partial(passes, make=glance, task=_ARC),
+    "glance_movie": partial(passes, make=glance, task=_MOVIE),
+    "glance_movie_shift": partial(passes, make=partial(glance, group=SHIFT), task=_MOVIE),
     "glance_shift": partial(passes, make=partial(glance, group=SHIFT)),
     "tried": partial(passes, make=lambda ways, view: ways.tried(view, _PASSES)),
     "passes_nll": partial(passes, make=lambda ways, view: ways.by_passes(view, IN, "nll")),
