@@ -23,7 +23,7 @@ from benchmarks.finetune.compare import table as differences
 from benchmarks.pairs import PAIRS
 from benchmarks.pairs import table as compared
 from benchmarks.quality.passes_report import FOR_LORA, Ways
-from benchmarks.quality.summary import BASELINE, COST, HIGHER, IN, METRICS, SHIFT, Summary, bold, mark, number
+from benchmarks.quality.summary import BASELINE, COST, HIGHER, IN, SHIFT, Summary, bold, heading, mark, number
 from benchmarks.speed.record import Record, read
 from benchmarks.tables import NOTHING, markdown
 from ivon_kernels.report.plots import BLUE, GREEN, ORANGE
@@ -107,7 +107,7 @@ def draw_gains(ways: Ways) -> Figure:
             ax.plot([], [], "o", color=color, label=title)
         ax.axvline(0, color="0.4", linewidth=0.9)
         better = "better \N{RIGHTWARDS ARROW}" if key in HIGHER else "\N{LEFTWARDS ARROW} better"
-        ax.set_title(f"{METRICS[key]}{', scaled' if scaled else ''}\n{better}", fontsize=10)
+        ax.set_title(f"{heading(key, scaled=scaled)}\n{better}", fontsize=10)
         ax.grid(alpha=0.25, axis="x")
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(axis="y", length=0)
@@ -168,10 +168,6 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _title(group: str, key: str) -> str:
-    return METRICS[key] + (", shift" if group == SHIFT else "")
-
-
 def quality(results: Path, study: str) -> str:
     """Scores of what someone would choose, in distribution and under shift; passes of the model."""
     summary = Summary(_read(results / study / "quality.json"))
@@ -182,7 +178,7 @@ def quality(results: Path, study: str) -> str:
         scores = [summary.score(task, group, method, key) for method in shown]
         leader = next(method for method in summary.ranking(task, group, key) if method in shown)
         best = scores[shown.index(leader)]
-        table[_title(group, key)] = [bold(number(score), score == best) for score in scores]
+        table[heading(key, group)] = [bold(number(score), score == best) for score in scores]
     passes = [summary.score(task, COST, method, "passes") for method in shown]
     table["passes"] = [f"{each.mean:.0f}" if each.seeds else NOTHING for each in passes]
     return markdown(pd.DataFrame(table))
@@ -218,7 +214,7 @@ def repaired(results: Path) -> str:
     table = {summary.title(method): [f"less {summary.title(other)}" for other in others]}
     for group, key in (*_COLUMNS[:3], (IN, "brier"), (IN, "vote_cross_entropy"), *_COLUMNS[3:]):
         found = [summary.difference(task, group, method, key, other) for other in others]
-        table[_title(group, key)] = [mark(value, key) for value in found]
+        table[heading(key, group)] = [mark(value, key) for value in found]
     return markdown(pd.DataFrame(table))
 
 

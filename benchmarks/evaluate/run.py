@@ -44,7 +44,7 @@ class Examples:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for batch in self._encoded.in_length_order(BATCH_SIZE):
             self._on_batch()
-            yield {"input_ids": batch.input_ids, "last": batch.last, "labels": batch.labels}
+            yield {**batch.inputs, "labels": batch.labels}
 
 
 class Evaluation:

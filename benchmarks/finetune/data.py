@@ -178,6 +178,11 @@ class Batch:
     labels: torch.Tensor  # int64 [batch]
     index: list[int]  # which examples these are
 
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a `Posterior` passes on to its score: all but the labels."""
+        return {"input_ids": self.input_ids, "last": self.last}
+
 
 class EncodedExamples:
     """Tokenized examples that come back as batches.

@@ -118,8 +118,9 @@ class Bench:
         cost["passes"] = job.passes / len(first.examples)
         cost["predict_ms_per_example"] = 1e3 * cost.pop("predict_seconds") / len(first.examples)
         found |= {domain.task: self._predict(method, job, state, setting, domain) for domain in others}
-        several = bool(self.amounts.passes)
-        calibration = method.calibration(job, state, setting, self.validation.examples) if several else None
+        calibration = None
+        if self.amounts.passes:
+            calibration = method.calibration(job, state, setting, self.validation.examples)
         now = self._weights()
         if now.keys() != weights.keys() or not all(torch.equal(now[name], weights[name]) for name in weights):
             raise RuntimeError(f"{method.name} did not leave the adapter's weights as they were")

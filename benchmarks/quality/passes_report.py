@@ -31,6 +31,7 @@ from benchmarks.quality.summary import (
     Estimate,
     Summary,
     bold,
+    heading,
     mark,
     number,
 )
@@ -141,7 +142,7 @@ class Ways:
             passes = self.score(view, COST, row, "passes")
             called = self.called(row) + self.of_seeds(view, row)
             lines.append([called, *cells, f"{passes.mean:.0f}" if passes.seeds else NOTHING])
-        heads = [_head(group, key) for group, key in columns]
+        heads = [heading(key, group) for group, key in columns]
         return table(["", *heads, "passes"], lines)
 
     def at_a_glance(self, view: str, group: str, counts: Sequence[int], without: Sequence[str] = ()) -> str:
@@ -168,7 +169,7 @@ class Ways:
         for row, found in zip(lines, values, strict=True):
             cells = [bold(number(value), value.mean == top) for value, top in zip(found, best, strict=True)]
             rows.append([self.brief(view, row) + self.of_seeds(view, row), *cells])
-        return table(["", *(_head(IN, key, bool(scaled)) for key, scaled in columns)], rows)
+        return table(["", *(heading(key, scaled=bool(scaled)) for key, scaled in columns)], rows)
 
     def of_seeds(self, view: str, row: Row) -> str:
         """A warning where a mean is of fewer seeds than the others': seeds differ by more than methods do."""
@@ -198,25 +199,24 @@ class Ways:
                 lines.append(
                     [f"{self.called(ours)} less {self.called(other)}", *(mark(gap, key) for gap, key in found)]
                 )
-        heads = [_head(group, key) for group, key in columns]
+        heads = [heading(key, group) for group, key in columns]
         return table(["", *heads], lines)
 
     def tried(self, view: str, counts: Sequence[int]) -> str:
         """What was tried on top of `FOR_LORA`, less it with as many passes and the same scaling, paired by seed."""
-        asked = [(IN, "accuracy", True), *product((IN,), ("nll", "ece"), (False, True))]
-        asked += [(SHIFT, "accuracy", True), (SHIFT, "nll", True)]
+        asked = [(IN, "accuracy", None), *product((IN,), ("nll", "ece"), (False, True))]
+        asked += [(SHIFT, "accuracy", None), (SHIFT, "nll", True)]
         columns = [column for column in asked if column[1] in self.summary.metrics(view, column[0])]
-        variants = [name for name in self.variants if name in self.seen(view)]
         lines = []
-        for row in (row for name in variants for row in self.rows if row.method == name and row.scaled):
-            if row.samples not in (counts if row.method in self._sampling else (1,)):
-                continue
-            cells = []
-            for group, key, scaled in columns:
-                ours, other = (Row(name, row.samples, scaled) for name in (row.method, FOR_LORA))
-                cells.append(mark(self.less(view, group, ours, other, key), key) if self.has(ours) else NOTHING)
-            lines.append([self.brief(view, row), *cells])
-        heads = [_head(group, key, scaled and key != "accuracy") for group, key, scaled in columns]
+        for method in (name for name in self.variants if name in self.seen(view)):
+            wanted = counts if method in self._sampling else (1,)
+            for row in (row for row in self.rows if row.method == method and row.scaled and row.samples in wanted):
+                cells = []
+                for group, key, scaled in columns:
+                    ours, other = (Row(name, row.samples, scaled is not False) for name in (method, FOR_LORA))
+                    cells.append(mark(self.less(view, group, ours, other, key), key) if self.has(ours) else NOTHING)
+                lines.append([self.brief(view, row), *cells])
+        heads = [heading(key, group, scaled=bool(scaled)) for group, key, scaled in columns]
         return table([f"less {self.title(FOR_LORA)}", *heads], lines)
 
     def wins(self, counts: Sequence[int] = ()) -> str:
@@ -298,11 +298,6 @@ class Ways:
         return found + [f"{task}, seed {seed}: {name} failed: {error}" for (task, name, seed), error in failed]
 
 
-def _head(group: str, key: str, scaled: bool = False) -> str:
-    """What tables call a metric."""
-    return METRICS[key] + (", scaled" if scaled else "") + (", shift" if group == SHIFT else "")
-
-
 def draw(ways: Ways) -> Figure:
     """NLL and ECE against the number of passes, a row for each task; IVON's lines are thick."""
     tasks = [task for task in ways.summary.tasks if ways.seen(task)]
@@ -318,7 +313,7 @@ def draw(ways: Ways) -> Figure:
                 style: dict[str, Any] = {"color": colormaps["tab20"](place % 20), "label": ways.title(method) + few}
                 style |= {"marker": "o" if ours else "s", "markersize": 4, "linewidth": 2.2 if ours else 1}
                 ax.plot([row.samples for row in rows], values, **style)
-            ax.set(xscale="log", ylabel=f"{METRICS[key]}{', scaled' if scaled else ''}", xlabel="passes")
+            ax.set(xscale="log", ylabel=heading(key, scaled=scaled), xlabel="passes")
             ax.set_title(f"{task}, in distribution", fontsize=9)
             ax.set_xticks(ways.counts, list(map(str, ways.counts)))
             ax.minorticks_off()

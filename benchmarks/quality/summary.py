@@ -187,6 +187,11 @@ def _by_seed(rows: pd.DataFrame) -> dict[Any, pd.Series]:
     return {key: seeds for key, seeds in by_method.iterrows() if seeds.notna().any()}
 
 
+def heading(key: str, group: str = IN, *, scaled: bool = False) -> str:
+    """What tables call a metric: in distribution unless it says otherwise, and without a temperature."""
+    return METRICS[key] + (", scaled" if scaled else "") + (", shift" if group == SHIFT else "")
+
+
 def number(value: Estimate, *, signed: bool = False) -> str:
     """A mean with its standard error."""
     mean = f"{value.mean:{'+' if signed else ''}.3f}" if value.seeds else NOTHING

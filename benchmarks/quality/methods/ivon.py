@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.finetune.data import Batch, EncodedExamples
+from benchmarks.finetune.data import EncodedExamples
 from benchmarks.quality.method import Hyper, Job, Method, State
 from benchmarks.quality.methods.adamw import TEMPERATURE, TemperatureScaling
 from ivon_kernels import IVON
@@ -46,13 +46,8 @@ def posterior_of(job: Job, state: State, hyper: Hyper) -> Posterior:
     return Posterior(gaussians, job.seed)
 
 
-def inputs_of(batch: Batch) -> dict[str, Tensor]:
-    """What :func:`score_of` reads of a batch."""
-    return {"input_ids": batch.input_ids, "last": batch.last}
-
-
 def score_of(job: Job) -> Score:
-    """Class logits of inputs as :func:`inputs_of` makes them of the batches of the job's examples."""
+    """Class logits of the ``inputs`` of a batch of the job's examples."""
 
     def score(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return job.scorer.logits(inputs["input_ids"], inputs["last"])
@@ -67,7 +62,7 @@ def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samp
     def inputs() -> Iterator[dict[str, Tensor]]:
         for batch in job.batches(examples, STACKED_BATCH):
             index.extend(batch.index)
-            yield inputs_of(batch)
+            yield batch.inputs
 
     found = posterior.predict(
         job.model, inputs(), samples=samples, score=score_of(job), keep_samples=True, progress=False, advise=False
@@ -129,7 +124,7 @@ class LeftOut(Samples):
 
     def calibration(self, job: Job, state: State, hyper: Hyper, validation: EncodedExamples) -> tuple[Tensor, Tensor]:
         batches = job.batches(job.training_set, STACKED_BATCH)
-        inputs = ({**inputs_of(batch), "labels": batch.labels} for batch in batches)
+        inputs = ({**batch.inputs, "labels": batch.labels} for batch in batches)
         found = posterior_of(job, state, hyper).leave_one_out(
             job.model, inputs, samples=job.samples, score=score_of(job), keep_samples=True, progress=False
         )
