@@ -88,13 +88,14 @@ def by_words(run: Run, task: str) -> Outcome:
     import torch
 
     from benchmarks.finetune import data, model, train
+    from benchmarks.finetune.scorers import scorer_of
     from benchmarks.finetune.tasks import find_task
 
     device = torch.device("cpu")
     examples = _examples(task, run)
     base, tokenizer = model.load_model(None, device=device, in_8bit=False)
     adapted = model.add_lora(base, seed=run.seed)
-    scorer = model.LabelScorer(adapted, tokenizer, find_task(task).label_words, examples.train[0].prompt.split()[-1])
+    scorer = scorer_of(find_task(task), adapted, tokenizer, examples.train[0])
     seen, judged = (data.EncodedExamples(part, tokenizer, 320, device) for part in examples)
     loss = partial(train.cross_entropy, scorer)
     losses = _loop(run, adapted, TRAIN, seen.epochs(BATCH, run.seed), loss, STEPS)

@@ -11,13 +11,14 @@ import peft
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import UserError
 from benchmarks.environment import write_record
 from benchmarks.finetune import data, report
-from benchmarks.finetune.model import load_model, scorer_of
+from benchmarks.finetune.model import load_model
 from benchmarks.finetune.run import Progress, find_device, make_folder
+from benchmarks.finetune.scorers import scorer_of
 from benchmarks.finetune.settings import Settings
 from benchmarks.finetune.tasks import PUBLISHED, Task, domains
 from benchmarks.finetune.train import InterruptGuard
@@ -96,9 +97,6 @@ class Evaluation:
         encoded = data.EncodedExamples(examples, self.tokenizer, self.settings.max_tokens, self.device, keep_start=keep)
         return Examples(encoded, on_batch)
 
-    def _score(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        return self.scorer.logits(inputs["input_ids"], inputs["last"])
-
     def _methods(self) -> dict[str, tuple[Posterior, int]]:
         """The ways to predict: with which posterior, and how many samples of it; 0 predicts at the mean.
 
@@ -110,7 +108,7 @@ class Evaluation:
         if self.validation is None:
             return methods
         examples = self._encode(self.validation, "choosing dials", len(TEMPERATURES) + len(FRACTIONS))
-        given: Any = {"model": self.model, "inputs": examples, "score": self._score, "progress": False}
+        given: Any = {"model": self.model, "inputs": examples, "score": self.scorer.score, "progress": False}
         few = min(samples, DIAL_SAMPLES)
         self.dials.append(sweep_temperature(self.posterior, temperatures=TEMPERATURES, samples=few, **given))
         self.dials.append(sweep_pruning(self.posterior, fractions=FRACTIONS, samples=0, **given))
@@ -126,7 +124,7 @@ class Evaluation:
         """Judges every method on one domain; prints its table and writes its page."""
         examples = self._encode(self.examples[name], name, len(methods))
         # Without advice on samples that agree: the table has the mutual information, and a row for the mean.
-        options: dict[str, Any] = {"score": self._score, "progress": False, "advise": False}
+        options: dict[str, Any] = {"score": self.scorer.score, "progress": False, "advise": False}
         predictions = {
             title: predict(posterior, self.model, examples, samples=samples, **options)
             for title, (posterior, samples) in methods.items()

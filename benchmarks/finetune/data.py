@@ -45,11 +45,6 @@ class Example:
         return len(" ".join((self.prompt, *self.answers)).split())
 
 
-def last_word(example: Example) -> str:
-    """The end of every prompt, after which the label words come."""
-    return example.prompt.split()[-1]
-
-
 class Dataset(NamedTuple):
     """What one run trains on and what it is judged on."""
 
@@ -170,7 +165,7 @@ class Batch:
     """Right-padded prompts.
 
     No attention mask is needed: attention is causal, and only the hidden state of each prompt's last token is read,
-    which no padding precedes. Prompts with answers are packed, as `benchmarks.finetune.answers` reads them.
+    which no padding precedes. Prompts with answers are packed, as `benchmarks.finetune.scorers` reads them.
     """
 
     input_ids: torch.Tensor  # int64 [batch, longest], with answers [batch, 2, longest]

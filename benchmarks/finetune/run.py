@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import UserError
 from benchmarks.environment import write_record
 from benchmarks.finetune import compare, data, model, report, train
-from benchmarks.finetune.data import last_word as last_word
+from benchmarks.finetune.scorers import scorer_of
 from benchmarks.finetune.settings import RUN, Settings
 from benchmarks.finetune.tasks import PUBLISHED, Task
 from benchmarks.tables import show
@@ -54,7 +54,7 @@ class Job:
         with console.status("Loading the model"):
             base, tokenizer = model.load_model(settings.model, device=self.device, in_8bit=settings.load_in_8bit)
         self.model = model.add_lora(base, seed=settings.seed)
-        self.scorer = model.scorer_of(task, self.model, tokenizer, examples.train[0])
+        self.scorer = scorer_of(task, self.model, tokenizer, examples.train[0])
         self.train_set, self.test_set = (self._encode(tokenizer, part) for part in examples)
         self.validation = self._encode(tokenizer, validation) if validation else None
         self.start = [p.detach().clone() for p in train.trainable(self.model)]

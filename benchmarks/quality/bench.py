@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.finetune import data
-from benchmarks.finetune.model import scorer_of
 from benchmarks.finetune.report import scores_record
+from benchmarks.finetune.scorers import scorer_of
 from benchmarks.finetune.tasks import Task, domains
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.memory import PeakMemory

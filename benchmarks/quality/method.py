@@ -14,9 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from benchmarks.finetune import train as training
-from benchmarks.finetune.answers import AnswerScorer
 from benchmarks.finetune.data import Batch, EncodedExamples
-from benchmarks.finetune.model import LabelScorer
+from benchmarks.finetune.scorers import Scorer
 
 PREDICTION_BATCH = 32  # examples of a forward pass at prediction
 TRAINING, PREDICTION = 1, 2
@@ -32,7 +31,7 @@ class Job:
     """A model with one LoRA adapter, a task's examples, and one seed."""
 
     model: peft.PeftModel
-    scorer: LabelScorer | AnswerScorer  # class logits [batch, classes] of a batch
+    scorer: Scorer  # class logits [batch, classes] of a batch
     training_set: EncodedExamples
     seed: int  # of the adapter's start, the batches, dropout and noise
     steps: int  # that training may take

@@ -89,7 +89,7 @@ class Ways:
         return max(have, key=lambda row: (row.scaled == scaled, row.samples))
 
     def has(self, row: Row) -> bool:
-        return row in set(self.rows)
+        return row in self.rows
 
     def name(self, row: Row) -> str:
         """What the summary calls it."""

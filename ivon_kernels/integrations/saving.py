@@ -58,7 +58,7 @@ def save_posterior(ivon: IVON, model: nn.Module, folder: str | Path, *, writes: 
         posterior = ivon.posterior(model)
         if writes:
             posterior.save(folder)
-    except Exception as error:
+    except Exception as error:  # whatever it was: the model itself is saved
         warnings.warn(f"the posterior was not saved beside the model in {folder}: {error}", stacklevel=3)
 
 

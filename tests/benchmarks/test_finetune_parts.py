@@ -16,6 +16,7 @@ from benchmarks import UserError, tables
 from benchmarks.environment import write_record
 from benchmarks.finetune import data, model, published, report, train
 from benchmarks.finetune.data import Example
+from benchmarks.finetune.scorers import LabelScorer
 from benchmarks.finetune.settings import resolve
 from benchmarks.finetune.tasks import PAPER_TASKS, PUBLISHED, TASKS
 from ivon_kernels.predict import metrics
@@ -273,7 +274,7 @@ def test_class_logits_are_the_models_own_and_padding_does_not_matter(
     if capped:
         head.__class__ = SoftCap
     words = TASKS["vader_nyt"].label_words
-    scorer = model.LabelScorer(model.add_lora(base, seed=0), tokenizer, words, "Sentiment:")
+    scorer = LabelScorer(model.add_lora(base, seed=0), tokenizer, words, "Sentiment:")
     label_ids = tokenizer("negative neutral positive")["input_ids"]
     assert scorer.label_ids == label_ids
     prompts = ["a bad day Sentiment:", "it was good Sentiment:", "the Sentiment:"]
@@ -290,7 +291,7 @@ def test_label_words_that_share_a_token_are_refused(tiny_model: Path) -> None:
     base, tokenizer = model.load_model(str(tiny_model), device=torch.device("cpu"), in_8bit=False)
     adapted = model.add_lora(base, seed=0)
     with pytest.raises(UserError, match="same first token"):
-        model.LabelScorer(adapted, tokenizer, (" good", " good"), "Sentiment:")
+        LabelScorer(adapted, tokenizer, (" good", " good"), "Sentiment:")
 
 
 def test_lora_starts_from_the_seed(tiny_model: Path) -> None:

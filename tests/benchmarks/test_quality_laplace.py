@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.finetune import data, model
-from benchmarks.finetune.data import EncodedExamples, last_word
+from benchmarks.finetune.data import EncodedExamples
+from benchmarks.finetune.scorers import scorer_of
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.quality.method import Job, Method, State
@@ -38,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Encode]:
     folder = save_tiny_model(tmp_path_factory.mktemp("model"))
     base, tokenizer = model.load_model(str(folder), device=CPU, in_8bit=False)
     adapted = model.add_lora(base, seed=0)
-    scorer = model.LabelScorer(adapted, tokenizer, TASKS["vader_nyt"].label_words, suffix=last_word(DATA.train[0]))
+    scorer = scorer_of(TASKS["vader_nyt"], adapted, tokenizer, DATA.train[0])
 
     def encode(examples: list[data.Example], max_tokens: int = 320) -> EncodedExamples:
         return EncodedExamples(examples, tokenizer, max_tokens, CPU)

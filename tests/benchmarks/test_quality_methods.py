@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from benchmarks.finetune import data, model
-from benchmarks.finetune.data import last_word
+from benchmarks.finetune.scorers import scorer_of
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.quality.method import TRAINING, Hyper, Job, State, nll
@@ -60,7 +60,7 @@ class Bench:
         base, tokenizer = model.load_model(str(self.folder), device=CPU, in_8bit=False)
         adapted = model.add_lora(base, seed=99)
         task, sentences = TASKS["vader_nyt"], self.sentences
-        scorer = model.LabelScorer(adapted, tokenizer, task.label_words, suffix=last_word(sentences.train[0]))
+        scorer = scorer_of(task, adapted, tokenizer, sentences.train[0])
         examples = data.EncodedExamples(sentences.train, tokenizer, 320, CPU)
         self.test = data.EncodedExamples(sentences.test, tokenizer, 320, CPU)
         job = Job(adapted, scorer, examples, seed, 6, 6, 3, InterruptGuard())

@@ -18,6 +18,7 @@ from benchmarks import UserError
 from benchmarks.__main__ import app
 from benchmarks.finetune import data, model
 from benchmarks.finetune.data import Example
+from benchmarks.finetune.scorers import scorer_of
 from benchmarks.finetune.tasks import TASKS
 from benchmarks.finetune.train import InterruptGuard
 from benchmarks.quality import settings
@@ -57,7 +58,7 @@ def job(tiny_model: Path) -> Job:
     base, tokenizer = model.load_model(str(tiny_model), device=CPU, in_8bit=False)
     adapted = model.add_lora(base, seed=0)
     found = data.load_dataset(TASKS["vader_nyt"], split="validation", train_size=24, test_size=14, max_words=12)
-    scorer = model.scorer_of(TASKS["vader_nyt"], adapted, tokenizer, found.train[0])
+    scorer = scorer_of(TASKS["vader_nyt"], adapted, tokenizer, found.train[0])
     examples = data.EncodedExamples(found.train, tokenizer, 320, CPU)
     job = Job(adapted, scorer, examples, 0, 20, 6, 3, InterruptGuard())
     job.restart()
@@ -74,7 +75,7 @@ def test_logits_of_answers_are_the_mean_log_likelihoods_of_their_tokens(tiny_mod
         Example("it was a day", 0, answers=("good day", "bad", "the a bad", "it")),
         Example("the", 1, answers=("a", "bad good", "good bad it", "day day")),
     ]
-    scorer = model.scorer_of(TASKS["arc_easy"], adapted, tokenizer, questions[0])
+    scorer = scorer_of(TASKS["arc_easy"], adapted, tokenizer, questions[0])
     (batch,) = data.EncodedExamples(questions, tokenizer, 320, CPU).in_length_order(8)
     found = scorer(batch)
     assert found.shape == (2, 4)

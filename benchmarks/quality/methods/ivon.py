@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.finetune.data import EncodedExamples
 from benchmarks.quality.method import Hyper, Job, Method, State
@@ -16,7 +16,6 @@ from ivon_kernels.gaussians.gaussian import Gaussian
 from ivon_kernels.gaussians.names import weight_names
 from ivon_kernels.noise import in_pairs
 from ivon_kernels.posterior import Posterior
-from ivon_kernels.predict.scoring import Score
 
 STACKED_BATCH = 12  # examples of a forward pass that several samples share
 ESS = "ess"  # in the state, where the optimizer worked it out; no weight has this name
@@ -46,15 +45,6 @@ def posterior_of(job: Job, state: State, hyper: Hyper) -> Posterior:
     return Posterior(gaussians, job.seed)
 
 
-def score_of(job: Job) -> Score:
-    """Class logits of the ``inputs`` of a batch of the job's examples."""
-
-    def score(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        return job.scorer.logits(inputs["input_ids"], inputs["last"])
-
-    return score
-
-
 def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samples: int | Sequence[int]) -> Tensor:
     """Class probabilities under every sample, or at the mean for 0: float64 ``[samples, examples, classes]``."""
     index: list[int] = []
@@ -65,7 +55,7 @@ def predict_each(job: Job, posterior: Posterior, examples: EncodedExamples, samp
             yield batch.inputs
 
     found = posterior.predict(
-        job.model, inputs(), samples=samples, score=score_of(job), keep_samples=True, progress=False, advise=False
+        job.model, inputs(), samples=samples, score=job.scorer.score, keep_samples=True, progress=False, advise=False
     ).sample_probabilities
     assert found is not None
     job.passes += (len(found) - 1) * len(index)  # one for each is counted already
@@ -126,7 +116,7 @@ class LeftOut(Samples):
         batches = job.batches(job.training_set, STACKED_BATCH)
         inputs = ({**batch.inputs, "labels": batch.labels} for batch in batches)
         found = posterior_of(job, state, hyper).leave_one_out(
-            job.model, inputs, samples=job.samples, score=score_of(job), keep_samples=True, progress=False
+            job.model, inputs, samples=job.samples, score=job.scorer.score, keep_samples=True, progress=False
         )
         assert found.sample_probabilities is not None and found.labels is not None
         return found.sample_probabilities, found.labels

@@ -19,9 +19,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from benchmarks.finetune.answers import AnswerScorer
 from benchmarks.finetune.data import Batch, EncodedExamples
-from benchmarks.finetune.model import LabelScorer
+from benchmarks.finetune.scorers import Scorer
 from benchmarks.quality.method import Hyper, Job, Method, State, nll
 
 INSTALL = "pip install --no-deps -r benchmarks/no-deps.txt"
@@ -136,7 +135,7 @@ def _eigenvalues(state: State, name: str) -> Tensor:
 class _Classifier(nn.Module):
     """Class logits of prompts of one length. Its parameters are those that get a posterior."""
 
-    def __init__(self, scorer: LabelScorer | AnswerScorer, layers: Layers) -> None:
+    def __init__(self, scorer: Scorer, layers: Layers) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers.values())
         self._logits = scorer.logits
