@@ -395,7 +395,8 @@ def test_the_recipe_tries_confirms_and_freezes(tiny_model: Path, tmp_path: Path)
     assert {run["hess_over_init"]["0"] for run in held} == {run["hess_over_init"]["1"] for run in held}
     assert all(run["hess_over_init"]["0"] < run["hess_over_init"]["1"] for run in learned)
     for run in found["confirmed"]:
-        assert run["temperatures"]["1"] == run["samples"]["2"]  # as many samples, the same noise
+        # As many samples of the same noise, in batches of another size, by which some CPUs round a float32 product.
+        assert run["temperatures"]["1"] == pytest.approx(run["samples"]["2"], abs=1e-6)
     assert (tmp_path / "recipe.md").read_text().count("|") > 100
     assert (tmp_path / "recipe_tried.png").stat().st_size > 10_000
 

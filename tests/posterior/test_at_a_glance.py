@@ -59,7 +59,10 @@ def test_scores_take_the_labels_that_came_with_the_batches(mlp: Trained) -> None
     found = mlp.posterior.predict(mlp.model, loader, samples=0)
     assert found.scores() == evaluate(found.probabilities, y)
     assert found.scores(1 - y.clamp(max=1)) == evaluate(found.probabilities, 1 - y.clamp(max=1))  # others, given
-    assert found.scores() == mlp.posterior.predict(mlp.model, x, samples=0).scores(y)
+    whole = mlp.posterior.predict(mlp.model, x, samples=0)
+    assert whole.scores(y) == evaluate(whole.probabilities, y)
+    # Some CPUs round a float32 product by how many rows it has: a few of 2^-24 in each logit.
+    torch.testing.assert_close(found.probabilities, whole.probabilities, rtol=1e-6, atol=0.0)
 
 
 def test_examples_without_a_label_are_left_out() -> None:
