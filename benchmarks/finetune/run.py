@@ -21,7 +21,7 @@ from benchmarks.finetune.tasks import PUBLISHED, Task
 from benchmarks.tables import show
 from ivon_kernels import IVON
 from ivon_kernels.predict import metrics
-from ivon_kernels.predict.temperature import fit_temperature, scale
+from ivon_kernels.predict.temperature import best_temperature, scale
 from ivon_kernels.report.page import draw_reliability
 
 TITLES = {"adamw": "AdamW", "ivon": "IVON"}
@@ -140,7 +140,7 @@ class Job:
         """Adds a row, and one with the temperature that the validation split gives where it was predicted too."""
         self._add(title, name, probabilities)
         if validation is not None and self.validation is not None:
-            temperature = fit_temperature(validation.log(), self.validation.labels)
+            temperature = best_temperature(validation.log(), self.validation.labels)
             self._add(f"{title}{SCALED}", name, scale(probabilities.log(), temperature), temperature)
 
     def _add(self, title: str, name: str, probabilities: Tensor, temperature: float | None = None) -> None:

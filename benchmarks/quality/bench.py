@@ -21,7 +21,7 @@ from benchmarks.memory import PeakMemory
 from benchmarks.quality.method import Hyper, Job, Method, State
 from benchmarks.quality.settings import SEARCH_SEED, Size, sized
 from ivon_kernels.predict import metrics
-from ivon_kernels.predict.temperature import fit_temperature, scale
+from ivon_kernels.predict.temperature import best_temperature, scale
 
 Content = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -151,7 +151,7 @@ class Bench:
         samples, rows = len(found[CALIBRATION]), []
         for count in sorted({count for count in self.amounts.passes if count < samples} | {samples}):
             averages = {name: each[:count].mean(0) for name, each in found.items()}
-            fitted = fit_temperature(averages[CALIBRATION].log(), labels)
+            fitted = best_temperature(averages[CALIBRATION].log(), labels)
             for temperature in (fitted if wanted else None for wanted in scaled):
                 judged = [self._judged(domain, _scaled(averages[domain.task], temperature)) for domain in self.domains]
                 rows.append({"samples": count, "temperature": temperature, "domains": judged})

@@ -20,7 +20,7 @@ from ivon_kernels.predict.conformal import ConformalSets, Method, fit_sets
 from ivon_kernels.predict.metrics import Scores, evaluate
 from ivon_kernels.predict.passes import Sampler, device_of, evaluating
 from ivon_kernels.predict.scoring import Score, class_logits
-from ivon_kernels.predict.temperature import fit_temperature, scale
+from ivon_kernels.predict.temperature import best_temperature, say_if_at_limit, scale
 
 __all__ = ["PredictOptions", "Prediction", "entropy_of", "predict"]
 
@@ -120,9 +120,15 @@ class Prediction:
 
         Raises:
             ValueError: If there are no labels, or they do not fit.
+
+        Warns:
+            UserWarning: If it is the least or the largest that is given, as there.
         """
         labels, known = self._right(labels, "a temperature is fitted to")
-        return fit_temperature(self.probabilities[known].log(), labels[known])
+        logs, labels = self.probabilities[known].log(), labels[known]
+        found = best_temperature(logs, labels)
+        say_if_at_limit(found, logs, labels, stacklevel=3)
+        return found
 
     def certainty(self, by: By = "confidence") -> Tensor:
         """The larger, the surer: `confidence`, or minus `entropy` or `mutual_information`, float64 ``[N]``."""

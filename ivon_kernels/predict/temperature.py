@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor, nn
 
 from ivon_kernels.predict.metrics import checked_labels
 
-__all__ = ["fit_temperature", "scale"]
+__all__ = ["best_temperature", "fit_temperature", "say_if_at_limit", "scale"]
 
 LIMIT = 20.0
 """Largest temperature, and largest inverse one: logits that are right, or wrong, about every label have none."""
@@ -26,11 +27,21 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: The right classes, integers ``[N]``.
 
     Returns:
-        From ``1 / LIMIT`` to ``LIMIT``: above 1 where the predictions are too sure.
+        From 1/20 to 20: above 1 where the predictions are too sure.
 
     Raises:
         ValueError: If a shape or a label is wrong, a logit is nan or +inf, or a row is -inf in every class.
+
+    Warns:
+        UserWarning: If it is 1/20 or 20, for then these labels do not tell how sure to be of new data.
     """
+    found = best_temperature(logits, labels)
+    say_if_at_limit(found, logits, labels, stacklevel=3)
+    return found
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """As :func:`fit_temperature`, without its warning: for programs that fit many, and show each one."""
     # Finite also where a probability is 0, so that every class has a gradient.
     logs = _checked(logits).log_softmax(1).clamp_min(math.log(torch.finfo(torch.float64).tiny))
     labels = checked_labels(labels, *logs.shape)
@@ -46,6 +57,20 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     optimizer.step(cost)
     return 1 / min(max(inverse.item(), 1 / LIMIT), LIMIT)
+
+
+def say_if_at_limit(temperature: float, logits: Tensor, labels: Tensor, stacklevel: int) -> None:
+    """The warning of :func:`fit_temperature`, with the stacklevel of ``warnings.warn`` seen from here."""
+    if 1 / LIMIT < temperature < LIMIT:
+        return
+    right = int((logits.argmax(1).cpu() == labels.cpu()).sum())
+    end, more = ("least", "less") if temperature < 1 else ("largest", "more")
+    warnings.warn(
+        f"the temperature is {temperature:g}, the {end} that is given: {len(labels)} labels, {right} of them "
+        f"predicted, ask for {more}, and do not tell how sure to be of new data. Fit it to more examples, none "
+        "of them trained on.",
+        stacklevel=stacklevel,
+    )
 
 
 def scale(logits: Tensor, temperature: float) -> Tensor:

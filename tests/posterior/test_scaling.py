@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ivon_kernels.posterior import Prediction, fit_temperature, scale
-from ivon_kernels.predict.temperature import LIMIT
+from ivon_kernels.predict.temperature import LIMIT, best_temperature
 
 
 @pytest.mark.parametrize("truth", [0.3, 1.0, 4.0])
@@ -36,7 +36,14 @@ def test_the_temperature_is_the_best_of_a_grid(truth: float) -> None:
 def test_labels_without_a_best_temperature_get_the_last_one(right: bool, expected: float) -> None:
     logits = torch.eye(4, dtype=torch.float64)[:, :3]
     labels = logits.argmax(1) if right else (logits.argmax(1) + 1) % 3
-    assert fit_temperature(logits[:3], labels[:3]) == pytest.approx(expected)
+    end, predicted = ("least", 3) if right else ("largest", 0)
+    said = f"the temperature is {expected:g}, the {end} that is given: 3 labels, {predicted} of them predicted"
+    prediction = Prediction.from_samples(logits[None, :3].softmax(2), labels[:3])
+    for fit in (lambda: fit_temperature(logits[:3], labels[:3]), lambda: prediction.fit_temperature()):
+        with pytest.warns(UserWarning, match=said) as caught:
+            assert fit() == pytest.approx(expected)
+        assert caught[0].filename == __file__  # the caller's line
+    assert best_temperature(logits[:3], labels[:3]) == pytest.approx(expected)  # in silence: warnings are errors here
 
 
 def test_an_average_is_scaled_and_not_its_samples() -> None:
@@ -55,11 +62,11 @@ def test_an_average_is_scaled_and_not_its_samples() -> None:
 
 def test_a_probability_of_0_has_a_temperature_and_stays_0() -> None:
     probabilities = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.6, 0.4]], dtype=torch.float64)
-    temperature = fit_temperature(probabilities.log(), torch.tensor([0, 0, 1]))
+    temperature = best_temperature(probabilities.log(), torch.tensor([0, 0, 1]))
     assert 1 <= temperature <= LIMIT
     scaled = scale(probabilities.log(), 2.0)
     assert scaled[0, 1] < 1e-150 and torch.isfinite(scaled).all()
-    wrong = fit_temperature(probabilities.log(), torch.tensor([1, 1, 0]))  # impossible happened: doubt everything
+    wrong = best_temperature(probabilities.log(), torch.tensor([1, 1, 0]))  # impossible happened: doubt everything
     assert wrong == pytest.approx(LIMIT)
 
 

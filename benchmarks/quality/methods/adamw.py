@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.finetune.data import EncodedExamples
 from benchmarks.quality.method import PREDICTION, TRAINING, Hyper, Job, Method, State
-from ivon_kernels.posterior import fit_temperature, scale
+from ivon_kernels.predict.temperature import best_temperature, scale
 
 MEMBERS = 5  # of an ensemble, as in both papers; a job with fewer samples has as many members as samples
 SPACING = 1000
@@ -35,7 +35,7 @@ class TemperatureScaling(Method):
     """One temperature, by the negative log-likelihood on the validation split; it changes no predicted class."""
 
     def tune(self, job: Job, state: State, hyper: Hyper, validation: EncodedExamples) -> Hyper:
-        return {"temperature": fit_temperature(self.logs(job, state, hyper, validation), validation.labels)}
+        return {"temperature": best_temperature(self.logs(job, state, hyper, validation), validation.labels)}
 
     def each(self, job: Job, state: State, hyper: Hyper, examples: EncodedExamples) -> Tensor:
         return scale(self.logs(job, state, hyper, examples), hyper["temperature"])[None]
