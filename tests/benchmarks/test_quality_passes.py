@@ -176,7 +176,7 @@ def test_what_is_tried_beside_for_lora(job: Job) -> None:
     plain = METHODS["ivon_for_lora"].train(job, {})
     mean = job.weights()
     found = {}
-    for method in ("ivon_annealed", "ivon_averaged", "ivon_matrices"):
+    for method in ("ivon_annealed", "ivon_averaged", "ivon_root", "ivon_matrices"):
         job.restart()
         found[method] = METHODS[method].train(job, {})
         assert not torch.equal(job.weights(), mean)
@@ -184,6 +184,7 @@ def test_what_is_tried_beside_for_lora(job: Job) -> None:
         assert torch.isfinite(each).all()
     assert found["ivon_annealed"]["ess"].item() == pytest.approx(4 * plain["ess"].item(), rel=1e-5)
     assert found["ivon_averaged"]["ess"] == plain["ess"]
+    assert found["ivon_root"]["ess"].item() == pytest.approx(955 * len(job.training_set) ** 0.5)
     matrices = METHODS["ivon_matrices"].optimizer(job, {})
     refit = METHODS["ivon_matrices"].watch(job, matrices)
     refit(7)

@@ -10,10 +10,12 @@ from benchmarks.quality.method import Hyper, Job
 from benchmarks.quality.methods.ivon import ForLora
 from ivon_kernels import IVON
 from ivon_kernels.hyperparameters import GROUP_KEYS
+from ivon_kernels.training.recipe import HESS
 
 _NARROWER = 4.0  # the ess at the end over that at the begin: half of sigma
 _BURN_IN = 0.5  # of the steps, before the average of the mean begins
 _EVERY = 8  # steps between two looks at the prior
+_GAMMA = 955.0  # the ess over the root of the number of examples, of `for_lora` on the 128 sentences of newspapers
 
 
 class Annealed(ForLora):
@@ -71,11 +73,20 @@ class Matrices(ForLora):
         return refit
 
 
+class Root(ForLora):
+    """The ess is one multiple of the root of the number of examples, the one that `for_lora` has on newspapers."""
+
+    def optimizer(self, job: Job, hyper: Hyper) -> IVON:
+        ess = _GAMMA * len(job.training_set) ** 0.5
+        return super().optimizer(job, {**hyper, "ess": ess, "hess_init": HESS})
+
+
 _BAYES = "empirical Bayes for the prior of each matrix: MacKay, Neural Computation 4, 1992"
 _SWA = "Izmailov et al., UAI 2018, arXiv 1803.05407"
 
 METHODS = (
     Annealed("ivon_annealed", "IVON for_lora, sigma halved on the way", "benchmarks/quality/README.md", ablation=True),
     Averaged("ivon_averaged", "IVON for_lora, mean averaged over the second half", _SWA, ablation=True),
+    Root("ivon_root", "IVON for_lora, ess = 955 sqrt(examples)", "benchmarks/quality/README.md", ablation=True),
     Matrices("ivon_matrices", "IVON for_lora, a sigma per matrix", _BAYES, ablation=True),
 )
