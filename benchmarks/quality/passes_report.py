@@ -249,10 +249,11 @@ class Ways:
             key for key in DECIDED_BY if any(key in self.summary.metrics(task, group) for task in self.summary.tasks)
         ]
         lines = []
-        for method in self.ours:
+        for method in dict.fromkeys((*self.ours, *self.variants)):
+            rivals = [*self.rivals, FOR_LORA] if method in self.variants else self.rivals
             for scaled in (False, True):
                 ours = self.at(method, max(self.counts), scaled)
-                for rival in self.rivals:
+                for rival in rivals:
                     other = self.at(rival, max(self.counts), scaled)
                     found = [(self._pool(group, ours, other, key), key) for key in keys]
                     text = [mark(gap, key) for gap, key in found]

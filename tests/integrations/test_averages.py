@@ -1,8 +1,9 @@
-"""Averages over training steps are of the mean: AveragedModel, update_bn, EMA by hand, Lightning's SWA and EMA."""
+"""Averages over training steps are of the mean: AveragedModel, update_bn, posteriors around them, Lightning's."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from transformers import Trainer, TrainerCallback
 
 from ivon_kernels import IVON
 from ivon_kernels.integrations.lightning import IVONCallback
 from ivon_kernels.integrations.state_dict import save_mean
+from ivon_kernels.integrations.transformers import use_ivon
+from ivon_kernels.posterior import Posterior
 from tests.support.lightning_models import Regression, data, trainer
+from tests.support.tiny_llm import arguments, lora_llama, sequences
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated"),
@@ -91,6 +96,65 @@ def test_averaging_changes_no_number_of_the_training(fused: bool) -> None:
         return [p.detach().clone() for p in net.parameters()]
 
     assert all(map(torch.equal, run(True), run(False)))
+
+
+@FUSED
+def test_a_posterior_around_an_average_of_the_mean(fused: bool) -> None:
+    """As docs/recipe.md does it: the average of the means of the later steps, and sigma as it is."""
+    net, optimizer = build(sample_in_step=fused)
+    optimizer.param_groups[0]["lr"] = 0.1
+    trained = nn.ParameterList(net.parameters())
+    average, means = AveragedModel(trained), []
+    for step in range(6):
+        if step == 0 or not fused:
+            optimizer.train()
+        backward(net)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= 3:
+            with optimizer.at_mean():
+                average.update_parameters(trained)
+            means.append([optimizer.mean_of(p).clone() for p in trained])
+    optimizer.eval()
+    before = optimizer.posterior(net)
+    with torch.no_grad():
+        for weight, mean in zip(trained, average.module, strict=True):
+            weight.copy_(mean)
+    posterior = optimizer.posterior(net)
+    for (name, param), each in zip(net.named_parameters(), zip(*means, strict=True), strict=True):
+        expected = torch.stack(each).mean(0)
+        assert not torch.equal(each[-1], expected)  # the mean has moved
+        torch.testing.assert_close(posterior[name].mean, expected)
+        assert torch.equal(posterior[name].sigma, before[name].sigma)
+        assert torch.equal(optimizer.mean_of(param), param)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore::ivon_kernels.training.advice.IVONWarning")  # of a run so short
+def test_a_trainer_saves_a_posterior_around_the_average(tmp_path: Path) -> None:
+    class Average(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+            self.trained = nn.ParameterList(p for p in context["model"].parameters() if p.requires_grad)
+            self.average = AveragedModel(self.trained)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+            if state.global_step > state.max_steps / 2:
+                self.average.update_parameters(self.trained)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
+            with torch.no_grad():
+                for weight, mean in zip(self.trained, self.average.module, strict=True):
+                    weight.copy_(mean)
+
+    chosen = Average()
+    run = Trainer(lora_llama(), arguments(tmp_path, max_steps=4), train_dataset=sequences() * 4)
+    use_ivon(run)
+    run.add_callback(chosen)
+    run.train()
+    run.save_model(str(tmp_path / "adapter"))
+    saved = {gaussian.index: gaussian.mean for gaussian in Posterior.load(tmp_path / "adapter").values()}
+    assert chosen.average.n_averaged == 2 and len(saved) == len(chosen.trained)
+    assert all(torch.equal(saved[index], mean) for index, mean in enumerate(chosen.average.module))
 
 
 @FUSED
