@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,15 +10,11 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
-from transformers import Trainer, TrainerCallback
 
 from ivon_kernels import IVON
 from ivon_kernels.integrations.lightning import IVONCallback
 from ivon_kernels.integrations.state_dict import save_mean
-from ivon_kernels.integrations.transformers import use_ivon
-from ivon_kernels.posterior import Posterior
 from tests.support.lightning_models import Regression, data, trainer
-from tests.support.tiny_llm import arguments, lora_llama, sequences
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated"),
@@ -127,34 +122,6 @@ def test_a_posterior_around_an_average_of_the_mean(fused: bool) -> None:
         torch.testing.assert_close(posterior[name].mean, expected)
         assert torch.equal(posterior[name].sigma, before[name].sigma)
         assert torch.equal(optimizer.mean_of(param), param)
-
-
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-@pytest.mark.filterwarnings("ignore::ivon_kernels.training.advice.IVONWarning")  # of a run so short
-def test_a_trainer_saves_a_posterior_around_the_average(tmp_path: Path) -> None:
-    class Average(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-            self.trained = nn.ParameterList(p for p in context["model"].parameters() if p.requires_grad)
-            self.average = AveragedModel(self.trained)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-            if state.global_step > state.max_steps / 2:
-                self.average.update_parameters(self.trained)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
-            with torch.no_grad():
-                for weight, mean in zip(self.trained, self.average.module, strict=True):
-                    weight.copy_(mean)
-
-    chosen = Average()
-    run = Trainer(lora_llama(), arguments(tmp_path, max_steps=4), train_dataset=sequences() * 4)
-    use_ivon(run)
-    run.add_callback(chosen)
-    run.train()
-    run.save_model(str(tmp_path / "adapter"))
-    saved = {gaussian.index: gaussian.mean for gaussian in Posterior.load(tmp_path / "adapter").values()}
-    assert chosen.average.n_averaged == 2 and len(saved) == len(chosen.trained)
-    assert all(torch.equal(saved[index], mean) for index, mean in enumerate(chosen.average.module))
 
 
 @FUSED
