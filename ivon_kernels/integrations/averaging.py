@@ -47,7 +47,7 @@ class AverageCallback(TrainerCallback):
         if not 0.0 <= start < 1.0:
             raise ValueError(f"start must be a share of the steps, at least 0 and below 1, got {start!r}")
         self.start = start
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[nn.Parameter, Tensor] = {}
         self._steps = 0
 
     def on_train_begin(
@@ -70,7 +70,7 @@ class AverageCallback(TrainerCallback):
         _ivon(context["optimizer"])
         self._sums, self._steps = {}, 0
         if state.global_step > self.start * state.max_steps:
-            self._resume(_checkpoint(args, state) / _FILE)
+            self._resume(_checkpoint(args, state) / _FILE, context["model"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -79,19 +79,22 @@ class AverageCallback(TrainerCallback):
         if state.global_step <= self.start * state.max_steps:
             return
         ivon = _ivon(context["optimizer"])
-        for name, param in _trained(context["model"], ivon):
-            mean = ivon.mean_of(param).float()
-            self._sums[name] = self._sums[name].to(mean.device).add_(mean) if name in self._sums else mean.clone()
+        for group in ivon.param_groups:
+            for param in group["params"]:
+                mean = ivon.mean_of(param).float()
+                if param in self._sums:
+                    self._sums[param].add_(mean)
+                else:  # of one that joins later the first mean stands for the steps before
+                    self._sums[param] = mean * (self._steps + 1)
         self._steps += 1
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
         """Write the sums into the checkpoint."""
         folder = _checkpoint(args, state)
         if self._steps and args.should_save and folder.is_dir():
-            steps = torch.tensor(self._steps)
-            save_file(
-                {**{name: total.contiguous() for name, total in self._sums.items()}, _STEPS: steps}, folder / _FILE
-            )
+            names = {param: name for name, param in context["model"].named_parameters()}
+            sums = {names[param]: total.contiguous() for param, total in self._sums.items()}
+            save_file({**sums, _STEPS: torch.tensor(self._steps)}, folder / _FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -102,19 +105,20 @@ class AverageCallback(TrainerCallback):
         ivon = _ivon(context["optimizer"])
         ivon.eval()
         with torch.no_grad():
-            for name, param in _trained(context["model"], ivon):
-                if name in self._sums:
-                    param.copy_(self._sums[name] / self._steps)
+            for param, total in self._sums.items():
+                param.copy_(total / self._steps)
         self._sums, self._steps = {}, 0
 
-    def _resume(self, file: Path) -> None:
+    def _resume(self, file: Path, model: nn.Module) -> None:
         if not file.is_file():
             raise ValueError(
                 f"AverageCallback cannot go on: {file} is not there. Resume from a checkpoint that was saved with it "
                 "in the trainer's output_dir, from an earlier one, or without it."
             )
-        self._sums = load_file(file)
-        self._steps = int(self._sums.pop(_STEPS))
+        saved = load_file(file)
+        self._steps = int(saved.pop(_STEPS))
+        params = dict(model.named_parameters())
+        self._sums = {params[name]: total.to(params[name].device) for name, total in saved.items()}
 
 
 def _ivon(optimizer: object) -> IVON:
@@ -122,12 +126,6 @@ def _ivon(optimizer: object) -> IVON:
     if found is None:
         raise TypeError(f"AverageCallback averages the mean of IVON, and the optimizer is {type(optimizer).__name__}")
     return found
-
-
-def _trained(model: nn.Module, ivon: IVON) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that the optimizer has, by name."""
-    own = {param for group in ivon.param_groups for param in group["params"]}
-    return [(name, param) for name, param in model.named_parameters() if param in own]
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

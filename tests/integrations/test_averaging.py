@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
+from ivon_kernels import IVON
 from ivon_kernels.integrations.averaging import AverageCallback
 from ivon_kernels.integrations.transformers import ivon_of
 from ivon_kernels.posterior import Posterior
@@ -79,6 +80,23 @@ def test_bfloat16_weights_are_averaged_in_float32(tmp_path: Path) -> None:
     for name, value in weights(trainer.model).items():
         expected = torch.stack([each[name].float() for each in watch.means]).mean(0)
         assert value.dtype == torch.bfloat16 and torch.equal(value, expected.bfloat16())
+
+
+def test_what_joins_later_is_averaged_over_its_own_steps(tmp_path: Path) -> None:
+    net = nn.ParameterList([torch.zeros(3), torch.full((3,), 8.0)])
+    optimizer = IVON([net[0]], lr=0.0, ess=1e9)
+    callback, state = AverageCallback(0.0), TrainerState(max_steps=4)
+    begin = arguments(tmp_path), state, TrainerControl()
+    callback.on_train_begin(*begin, model=net, optimizer=optimizer)
+    for step in range(1, 5):
+        if step == 3:
+            optimizer.add_param_group({"params": [net[1]]})
+        state.global_step = step
+        with torch.no_grad():
+            net[0].fill_(step)
+        callback.on_step_end(*begin, model=net, optimizer=optimizer)
+    callback.on_train_end(*begin, model=net, optimizer=optimizer)
+    assert net[0].tolist() == [2.5] * 3 and net[1].tolist() == [8.0] * 3
 
 
 def test_what_cannot_be_averaged_is_one_sentence(tmp_path: Path) -> None:
