@@ -94,7 +94,7 @@ class AverageCallback(TrainerCallback):
         if self._steps and args.should_save and folder.is_dir():
             names = {param: name for name, param in context["model"].named_parameters()}
             sums = {names[param]: total.contiguous() for param, total in self._sums.items()}
-            save_file({**sums, _STEPS: torch.tensor(self._steps)}, folder / _FILE)
+            save_file({**sums, _STEPS: torch.tensor(self._steps, dtype=torch.int64, device="cpu")}, folder / _FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
