@@ -189,6 +189,7 @@ def agg() -> Iterator[None]:
     from matplotlib import pyplot
 
     before = matplotlib.get_backend()
+    pyplot.close("all")  # of pages that were run before, on the same worker
     pyplot.switch_backend("agg")
     yield
     pyplot.close("all")
