@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ivon_kernels.extras import HF, needed_for
 from ivon_kernels.integrations.hooks import find_ivon
+from ivon_kernels.integrations.saving import checkpoint_folder
 from ivon_kernels.optimizer import IVON
 from ivon_kernels.sharding import as_dtensor
 
@@ -70,7 +71,7 @@ class AverageCallback(TrainerCallback):
         _ivon(context["optimizer"])
         self._sums, self._steps = {}, 0
         if state.global_step > self.start * state.max_steps:
-            self._resume(_checkpoint(args, state) / _FILE, context["model"])
+            self._resume(checkpoint_folder(args, state.global_step) / _FILE, context["model"])
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
@@ -90,7 +91,7 @@ class AverageCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
         """Write the sums into the checkpoint."""
-        folder = _checkpoint(args, state)
+        folder = checkpoint_folder(args, state.global_step)
         if self._steps and args.should_save and folder.is_dir():
             names = {param: name for name, param in context["model"].named_parameters()}
             sums = {names[param]: total.contiguous() for param, total in self._sums.items()}
@@ -126,7 +127,3 @@ def _ivon(optimizer: object) -> IVON:
     if found is None:
         raise TypeError(f"AverageCallback averages the mean of IVON, and the optimizer is {type(optimizer).__name__}")
     return found
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"

@@ -64,7 +64,11 @@ def save_posterior(ivon: IVON, model: nn.Module, folder: str | Path, *, writes: 
 
 def copy_posterior(args: TrainingArguments, step: int) -> None:
     """Before a checkpoint is pushed: to the folder that the trainer uploads, where it copies what it knows only."""
-    folder = Path(args.output_dir or ".")
-    saved = folder / f"checkpoint-{step}" / FILE
+    saved = checkpoint_folder(args, step) / FILE
     if args.should_save and saved.is_file():
-        shutil.copyfile(saved, folder / FILE)
+        shutil.copyfile(saved, saved.parent.parent / FILE)
+
+
+def checkpoint_folder(args: TrainingArguments, step: int) -> Path:
+    """Where a Trainer keeps the checkpoint of a step."""
+    return Path(args.output_dir or ".") / f"checkpoint-{step}"

@@ -27,7 +27,7 @@ from torch import nn
 
 from ivon_kernels.extras import HF, needed_for
 from ivon_kernels.integrations.hooks import find_ivon
-from ivon_kernels.integrations.saving import copy_posterior, save_posterior, save_with_posterior
+from ivon_kernels.integrations.saving import checkpoint_folder, copy_posterior, save_posterior, save_with_posterior
 from ivon_kernels.integrations.state_dict import save_mean
 from ivon_kernels.integrations.unfrozen import sample_unfrozen
 from ivon_kernels.integrations.voice import Voice, count_examples
@@ -291,7 +291,7 @@ class IVONCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
         """Write the posterior into a checkpoint, where ``use_ivon`` has not seen to every save."""
-        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        folder = checkpoint_folder(args, state.global_step)
         if self._save_posterior and self._trainer is None and folder.is_dir():
             save_posterior(_ivon(context["optimizer"]), context["model"], folder, writes=args.should_save)
 

@@ -62,11 +62,13 @@ def test_an_average_is_scaled_and_not_its_samples() -> None:
 
 def test_a_probability_of_0_has_a_temperature_and_stays_0() -> None:
     probabilities = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.6, 0.4]], dtype=torch.float64)
-    temperature = best_temperature(probabilities.log(), torch.tensor([0, 0, 1]))
+    with pytest.warns(UserWarning, match="3 labels, 1 of them predicted"):
+        temperature = fit_temperature(probabilities.log(), torch.tensor([0, 0, 1]))
     assert 1 <= temperature <= LIMIT
     scaled = scale(probabilities.log(), 2.0)
     assert scaled[0, 1] < 1e-150 and torch.isfinite(scaled).all()
-    wrong = best_temperature(probabilities.log(), torch.tensor([1, 1, 0]))  # impossible happened: doubt everything
+    with pytest.warns(UserWarning, match="the temperature is 20, the largest"):
+        wrong = fit_temperature(probabilities.log(), torch.tensor([1, 1, 0]))  # impossible happened: doubt everything
     assert wrong == pytest.approx(LIMIT)
 
 
